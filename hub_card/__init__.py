@@ -1,0 +1,1 @@
+"""The model card of a converted folder, and the push that publishes both."""
