@@ -1,0 +1,41 @@
+"""Segment Anything with native q, k and v layers.
+
+Importing this package registers its classes with transformers' Auto classes, which then need no `trust_remote_code`.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForMaskGeneration, AutoProcessor, SamProcessor
+
+from .configuration_sam_split import (
+    SamSplitConfig,
+    SamSplitMaskDecoderConfig,
+    SamSplitPromptEncoderConfig,
+    SamSplitVisionConfig,
+)
+from .modeling_sam_split import (
+    SamSplitImageSegmentationOutput,
+    SamSplitModel,
+    SamSplitPreTrainedModel,
+    SamSplitVisionEncoderOutput,
+    SamSplitVisionModel,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SamSplitConfig",
+    "SamSplitImageSegmentationOutput",
+    "SamSplitMaskDecoderConfig",
+    "SamSplitModel",
+    "SamSplitPreTrainedModel",
+    "SamSplitPromptEncoderConfig",
+    "SamSplitVisionConfig",
+    "SamSplitVisionEncoderOutput",
+    "SamSplitVisionModel",
+]
+
+AutoConfig.register(SamSplitConfig.model_type, SamSplitConfig, exist_ok=True)
+AutoConfig.register(SamSplitVisionConfig.model_type, SamSplitVisionConfig, exist_ok=True)
+AutoModel.register(SamSplitConfig, SamSplitModel, exist_ok=True)
+AutoModel.register(SamSplitVisionConfig, SamSplitVisionModel, exist_ok=True)
+AutoModelForMaskGeneration.register(SamSplitConfig, SamSplitModel, exist_ok=True)
+AutoProcessor.register(SamSplitConfig, SamProcessor, exist_ok=True)
