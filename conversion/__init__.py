@@ -14,6 +14,8 @@ _PUBLIC = {
     "fuse_state_dict": "key_map",
     "from_meta": "key_map",
     "to_meta": "key_map",
+    "config_from_state_dict": "geometry",
+    "convert": "checkpoints",
 }
 
 __all__ = list(_PUBLIC)

@@ -128,6 +128,15 @@ def _as_tuple(names: str | tuple[str, ...]) -> tuple[str, ...]:
 STOCK_MAP = {_as_tuple(target)[0].replace(".attn.q.", ".attn.qkv."): target for target in KEY_MAP.values()}
 
 
+# What other members of the family are recognised by, before they are refused by name.
+RELATIVES = {
+    r"image_encoder\.trunk\.|memory_attention\.|memory_encoder\.|vision_encoder\.backbone\.": "SAM 2",
+    r"image_encoder\.(layers\.|patch_embed\.seq\.)": "MobileSAM",
+    r"mask_decoder\.(hf_token|hq_token|hf_mlp|hq_mask_mlp|compress_vit_feat)\b": "HQ-SAM",
+    r"(base_model\.model\.)|.*\.lora_[AB]\.": "a PEFT adapter; see `sam-split merge` and `sam-split adapter`",
+}
+
+
 @dataclass(frozen=True)
 class Origin:
     """Where one tensor comes from: its sources stacked by rows, then one of equal blocks of the rows."""
@@ -220,6 +229,36 @@ def _values(pattern: str, counts: dict[str, int]) -> list[dict[str, str]]:
 
 def _expand(patterns: tuple[str, ...], values: dict[str, str]) -> tuple[str, ...]:
     return tuple(pattern.format(**values) for pattern in patterns)
+
+
+def layout_of(names: Iterable[str], source: str) -> str:
+    """Whose names these are: "meta", "transformers" or "split".
+
+    Raises:
+        ConversionError: if they are another model's; `source` is what the message calls it.
+    """
+    names = sorted(names)
+    for pattern, relative in RELATIVES.items():
+        if any(re.match(pattern, name) for name in names):
+            raise ConversionError(f"{source} is {relative}, expected a Segment Anything model (the first SAM)")
+    if any(re.match(r"vision_encoder\.layers\.\d+\.attn\.[qkv]\.", name) for name in names):
+        return "split"
+    if any(name.startswith("vision_encoder.layers.") for name in names):
+        return "transformers"
+    if any(name.startswith("image_encoder.blocks.") for name in names):
+        return "meta"
+    examples = ", ".join(repr(name) for name in names[:3])
+    raise ConversionError(
+        f"{source} is not a Segment Anything checkpoint: its {len(names)} tensors are named {examples}, …"
+    )
+
+
+def split_plan(keys: Iterable[str], layout: str) -> dict[str, Origin]:
+    """The plan from a layout's keys to SamSplit's; for "split" it only checks them."""
+    if layout == "split":
+        plan(keys, STOCK_MAP, inverse=True)
+        return {key: Origin((key,)) for key in keys}
+    return plan(keys, KEY_MAP if layout == "meta" else STOCK_MAP)
 
 
 def check_dropped(tensors: Mapping) -> None:

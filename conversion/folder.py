@@ -1,0 +1,131 @@
+"""The files of a model folder beside its weights."""
+
+import inspect
+import json
+import shutil
+from importlib import metadata
+from pathlib import Path
+
+from .errors import ConversionError
+from .sources import Checkpoint
+from .tensors import Tensors
+
+CODE_FILES = ("configuration_sam_split.py", "modeling_sam_split.py")
+
+
+def split_config(fields: dict, tensors: Tensors):
+    """A SamSplitConfig from the fields of a stock or split config.json; `dtype` becomes that of the tensors.
+
+    Raises:
+        ConversionError: if a value is out of range.
+    """
+    from sam_split import SamSplitConfig
+
+    try:
+        # Only the fields that make the model: old config files carry a page of text-generation settings.
+        parts = {part: _known(config_class, fields.get(part) or {}) for part, config_class in _parts().items()}
+        config = SamSplitConfig(**parts)
+    except Exception as error:  # whatever a value of the wrong type trips over
+        raise ConversionError(f"config.json describes no model: {error}") from error
+    config.dtype = main_dtype(tensors)
+    return config
+
+
+def write_config(folder: Path, config, layout: str) -> None:
+    """config.json with the fields that make the model, for our class ("split") or for stock's ("transformers")."""
+    import transformers
+
+    content = {
+        "architectures": ["SamSplitModel" if layout == "split" else "SamModel"],
+        "dtype": str(config.dtype).removeprefix("torch."),
+        "model_type": "sam_split" if layout == "split" else "sam",
+        "transformers_version": transformers.__version__,
+    }
+    if layout == "split":
+        content["auto_map"] = config.auto_map
+    for part, config_class in _parts().items():
+        values = {name: getattr(getattr(config, part), name) for name in _field_names(config_class)}
+        model_type = config_class.model_type if layout == "split" else config_class.model_type.replace("_split", "")
+        content[part] = {**values, "model_type": model_type}
+    write_json(folder / "config.json", content)
+
+
+def _parts() -> dict[str, type]:
+    """Name of each part of the config -> its class."""
+    from sam_split import SamSplitConfig
+
+    return SamSplitConfig.sub_configs
+
+
+def _known(config_class, fields: dict) -> dict:
+    return {name: fields[name] for name in _field_names(config_class) if name in fields}
+
+
+def _field_names(config_class) -> list[str]:
+    return [name for name in inspect.signature(config_class.__init__).parameters if name not in ("self", "kwargs")]
+
+
+def main_dtype(tensors: Tensors):
+    """The dtype that most of the weights have."""
+    totals = {}
+    for spec in tensors.specs.values():
+        totals[spec.dtype] = totals.get(spec.dtype, 0) + spec.nbytes // spec.dtype.itemsize
+    return max(totals, key=totals.get)
+
+
+def write_split_files(folder: Path, config, checkpoint: Checkpoint, resized_from=None) -> None:
+    """All files of a complete SamSplit folder but the weights, which must be there already: the card reads them."""
+    import sam_split
+    from hub_card.card import model_card
+
+    write_config(folder, config, "split")
+    for name in CODE_FILES:
+        shutil.copyfile(Path(sam_split.__file__).parent / name, folder / name)
+    write_processor(folder, checkpoint, config)
+    (folder / "LICENSE").write_text(_license(), encoding="utf-8")
+    card = model_card(folder, source=checkpoint.source, revision=checkpoint.revision, resized_from=resized_from)
+    (folder / "README.md").write_text(card.content, encoding="utf-8")
+
+
+def write_processor(folder: Path, checkpoint: Checkpoint, config) -> None:
+    """preprocessor_config.json: the source's settings or SAM's, under the names that AutoProcessor looks for."""
+    settings = dict(checkpoint.processor or _sam_processor(config.vision_config))
+    settings |= {"image_processor_type": "SamImageProcessor", "processor_class": "SamProcessor"}
+    write_json(folder / "preprocessor_config.json", settings)
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _sam_processor(vision) -> dict:
+    """The image processor of Meta's code: the longest side to the model's size, then zeros below and to the right."""
+    height, width = (vision.image_size,) * 2 if isinstance(vision.image_size, int) else vision.image_size
+    return {
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_pad": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+        "mask_pad_size": {"height": height // 4, "width": width // 4},
+        "mask_size": {"longest_edge": max(height, width) // 4},
+        "pad_size": {"height": height, "width": width},
+        "resample": 2,  # bilinear
+        "rescale_factor": 1 / 255,
+        "size": {"longest_edge": max(height, width)},
+    }
+
+
+def _license() -> str:
+    """Apache-2.0, from the checkout or from the installed distribution."""
+    path = Path(__file__).parent.parent / "LICENSE"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    for file in metadata.files("sam-split") or ():
+        if file.name == "LICENSE":
+            return file.read_text(encoding="utf-8")
+    raise ConversionError(
+        "this installation of sam-split lacks its LICENSE file, which a converted folder must carry; reinstall it"
+    )

@@ -1,0 +1,89 @@
+"""Outputs that appear whole or not at all: written beside their place, flushed to the disk, then renamed into it."""
+
+import contextlib
+import glob
+import os
+import secrets
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import ConversionError, ConversionWarning
+
+
+def check_new(out: Path) -> None:
+    """Raise unless `out` can be made: it must not exist, and its parent must be a folder."""
+    if os.path.lexists(out):
+        raise ConversionError(f"{out} exists already; nothing is overwritten: remove it, or name another place")
+    if not out.parent.is_dir():
+        raise ConversionError(f"{out.parent} is not a folder; make it first")
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out`: renamed to `out` when the block ends well, removed when it does not.
+
+    A process that is killed leaves the temporary folder and no `out`; the next run says so and is not hindered.
+
+    Raises:
+        ConversionError: if `out` exists, before the block or after it.
+    """
+    check_new(out)
+    _tell_of_leftovers(out)
+    partial = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
+    partial.mkdir()
+    try:
+        yield partial
+        _flush(partial)
+        check_new(out)
+        try:
+            os.rename(partial, out)  # fails if another process has just put its files there
+        except OSError as error:
+            check_new(out)
+            raise error
+        _flush_entry(out.parent)
+    except BaseException:  # Ctrl-C as well
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def new_file(out: Path) -> Iterator[Path]:
+    """The same for a single file: a temporary path, which becomes `out` when the block ends well."""
+    check_new(out)
+    _tell_of_leftovers(out)
+    partial = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
+    try:
+        yield partial
+        _flush_entry(partial)
+        try:
+            os.link(partial, out)  # unlike a rename, never replaces a file
+        except FileExistsError:
+            check_new(out)
+            raise
+        _flush_entry(out.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _tell_of_leftovers(out: Path) -> None:
+    for path in out.parent.glob(f".{glob.escape(out.name)}.*.partial"):
+        warnings.warn(
+            f"{path} is left from a conversion that was killed, unless one is running; remove it to free its space",
+            ConversionWarning,
+            stacklevel=2,
+        )
+
+
+def _flush(folder: Path) -> None:
+    for path in [*folder.iterdir(), folder]:
+        _flush_entry(path)
+
+
+def _flush_entry(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

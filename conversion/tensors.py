@@ -1,0 +1,217 @@
+"""Tensors that stay on disk until one is asked for: read from files, renamed, cut and fused on the way.
+
+`specs` says each tensor's shape and dtype without reading it. Files are mapped into memory and let go again, so that
+reading a whole checkpoint never holds more than the tensor at hand and `MAPPED_BYTES` of file pages.
+"""
+
+import math
+import pickle
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .errors import ConversionError
+from .key_map import Origin
+
+# The floating-point types of released checkpoints, under safetensors' names.
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+MAPPED_BYTES = 32 * 2**20  # read from one mapping of a pickle before it is let go and made anew
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is known of a tensor before it is read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Tensors(Mapping):
+    """Name -> tensor, each read when it is asked for; `specs` has the same names."""
+
+    specs: dict[str, Spec]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+    def __contains__(self, name) -> bool:
+        return name in self.specs
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: spec.shape for name, spec in self.specs.items()}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for spec in self.specs.values())
+
+
+class SafetensorsFiles(Tensors):
+    """All tensors of some safetensors files.
+
+    Raises:
+        ConversionError: if a file is truncated, or its header is not true to the file, or a name occurs twice.
+    """
+
+    def __init__(self, paths: list[Path]):
+        self.specs, self._paths = {}, {}
+        for path in paths:
+            try:
+                with safe_open(path, framework="pt") as file:
+                    slices = {name: file.get_slice(name) for name in file.keys()}
+                    found = {name: (tuple(cut.get_shape()), cut.get_dtype()) for name, cut in slices.items()}
+            except SafetensorError as error:
+                raise ConversionError(f"{path} is not a whole safetensors file ({error}); fetch it again") from error
+            for name, (shape, dtype) in found.items():
+                if dtype not in DTYPES:
+                    raise ConversionError(f"{path}: {name!r} is {dtype}, expected one of {', '.join(DTYPES)}")
+                _add(self.specs, self._paths, name, Spec(shape, DTYPES[dtype]), path)
+
+    def __getitem__(self, name):
+        # Opened anew for each tensor: the pages of the one before are given back with its mapping.
+        with safe_open(self._paths[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+
+class PickleFiles(Tensors):
+    """All tensors of some files written by torch.save. Nothing in them is executed.
+
+    Files in the format from before torch 1.6 cannot be mapped: one at a time is held in memory.
+
+    Raises:
+        ConversionError: if a file is damaged, holds code, or holds anything but one state dict.
+    """
+
+    def __init__(self, paths: list[Path]):
+        self.specs, self._paths = {}, {}
+        self._loaded, self._loaded_path, self._read_bytes = None, None, 0
+        for path in paths:
+            for name, tensor in _load_pickle(path).items():
+                _add(self.specs, self._paths, name, Spec(tuple(tensor.shape), tensor.dtype), path)
+
+    def __getitem__(self, name):
+        path = self._paths[name]
+        if path != self._loaded_path or (self._read_bytes > MAPPED_BYTES and _is_zip(path)):
+            self._loaded = None  # before the next file is opened
+            self._loaded, self._loaded_path, self._read_bytes = _load_pickle(path), path, 0
+        self._read_bytes += self.specs[name].nbytes
+        return self._loaded[name]
+
+
+class Renamed(Tensors):
+    """`base` under other names, blocks of rows cut out or stacked: what a `key_map.plan` says."""
+
+    def __init__(self, base: Tensors, origins: Mapping[str, Origin]):
+        self._base, self._origins = base, origins
+        order = {name: number for number, name in enumerate(base.specs)}
+        self.specs = {}
+        for name, origin in sorted(
+            origins.items(), key=lambda item: order[item[1].sources[0]]
+        ):  # as they lie in the file
+            dtypes = {base.specs[source].dtype for source in origin.sources}
+            if len(dtypes) > 1:
+                raise ConversionError(f"{', '.join(origin.sources)} must have one dtype to be fused, got {dtypes}")
+            self.specs[name] = Spec(origin.shape(base.shapes), dtypes.pop())
+
+    def __getitem__(self, name):
+        return self._origins[name].read(self._base)
+
+
+class InMemory(Tensors):
+    """A state dict that is in memory already."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]):
+        self._tensors = tensors
+        self.specs = {name: Spec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+
+    def __getitem__(self, name):
+        return self._tensors[name]
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors have the same dtype, shape and bits: NaN equals NaN, and 0.0 differs from -0.0."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    a, b = (tensor.contiguous().reshape(-1).view(_INTEGER[tensor.dtype.itemsize]) for tensor in (a, b))
+    return torch.equal(a, b)
+
+
+_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no element is NaN or infinite; needs no memory beside the tensor."""
+    return tensor.numel() == 0 or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))
+
+
+def _add(specs, paths, name, spec, path):
+    if name in specs:
+        raise ConversionError(f"{name!r} is both in {paths[name].name} and in {path.name}, expected it once")
+    specs[name], paths[name] = spec, path
+
+
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except pickle.UnpicklingError as error:
+        raise ConversionError(
+            f"{path} holds more than tensors, or is damaged: {_gist(error)}. Its code was not run; if you trust the "
+            "file, load it yourself and save its state_dict()"
+        ) from error
+    except OSError:
+        raise
+    except Exception as error:  # damaged pickles and zip files raise whatever their reader trips over
+        raise ConversionError(f"{path} is not a whole file of torch.save ({_gist(error)}); fetch it again") from error
+    return _state_dict(loaded, path)
+
+
+def _gist(error: Exception) -> str:
+    """The first line of a message, without torch's advice to load the file unsafely."""
+    line = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return line.split("Weights only load failed. ")[-1].split(" In PyTorch 2.6")[0][:160]
+
+
+def _state_dict(loaded, path: Path) -> dict[str, torch.Tensor]:
+    """The state dict inside what trainers save: under "model" or "state_dict", with "module." before its keys."""
+    while isinstance(loaded, Mapping) and (wrapped := [w for w in ("model", "state_dict") if w in loaded]):
+        loaded = loaded[wrapped[0]]
+    if not isinstance(loaded, Mapping) or not loaded:
+        raise ConversionError(
+            f"{path} holds a {type(loaded).__name__}, expected a state dict: names and their tensors"
+        )
+    for name, tensor in loaded.items():
+        _check_entry(name, tensor, path)
+    if all(name.startswith("module.") for name in loaded):
+        loaded = {name.removeprefix("module."): tensor for name, tensor in loaded.items()}
+    return {name: tensor.detach() for name, tensor in loaded.items()}
+
+
+def _check_entry(name, tensor, path: Path) -> None:
+    if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+        raise ConversionError(f"{path}: {name!r} is a {type(tensor).__name__}, expected a state dict of tensors")
+    if tensor.layout != torch.strided or tensor.dtype not in DTYPES.values() or tensor.device.type != "cpu":
+        raise ConversionError(
+            f"{path}: {name!r} is {tensor.dtype}, {tensor.layout}, on {tensor.device.type}; expected dense weights in "
+            f"one of {', '.join(DTYPES)}"
+        )
+    if tensor.nbytes > tensor.untyped_storage().nbytes():
+        raise ConversionError(f"{path}: {name!r} of shape {tuple(tensor.shape)} is larger than what is stored for it")
