@@ -46,6 +46,14 @@ def _versions() -> dict[str, str]:
 
 
 @dataclass(frozen=True)
+class Base:
+    """The model on the Hub that an adapter belongs to, or that weights were made from."""
+
+    repo_id: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
 class Evidence:
     """One comparison that was run on these weights.
 
@@ -102,7 +110,7 @@ def model_card(
     # LoRA adds A (r, columns) and B (rows, r) to each linear.
     adapted_parameters = sum(16 * (rows + columns) for rows, columns in adapted)
     height, width = _pair(vision["image_size"])
-    base = _hub_id(source)
+    base = hub_id(source)
     data = {
         "library_name": "transformers",
         "pipeline_tag": "mask-generation",
@@ -130,8 +138,10 @@ def model_card(
 
 
 def code_section(folder: str | Path, repo_id: str = REPO_PLACEHOLDER) -> str:
-    """What `trust_remote_code=True` runs from `folder`: the two files, their sha256, and how to pin them."""
+    """What `trust_remote_code=True` runs: two files, their sha256 and how to pin them; of an adapter, its base's."""
     folder = Path(folder)
+    if (folder / "adapter_config.json").is_file():
+        return _adapter_code_section(read_base(folder))
     digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in CODE_FILES}
     modified = modified_code(folder)
     if modified:
@@ -174,6 +184,18 @@ model = AutoModel.from_pretrained(repo, revision=sha, code_revision=sha, trust_r
 {_CODE_END}"""
 
 
+def _adapter_code_section(base: Base) -> str:
+    if base.revision:
+        pinned = f"at revision `{base.revision}`. Keep the revision in the call"
+    else:
+        pinned = "of no particular revision. Look one up, read the files, and put it in the call"
+    return f"""{_CODE_START}
+## What `trust_remote_code=True` runs
+
+Nothing of this repository: it holds no code. The two code files of the base, `{base.repo_id}`, run: those {pinned}.
+{_CODE_END}"""
+
+
 def refresh_code_section(text: str, folder: str | Path, repo_id: str) -> str:
     """`text` (a whole README.md) with its section on remote code made true of `folder`; appended if it has none."""
     section = code_section(folder, repo_id)
@@ -198,40 +220,54 @@ def tensor_shapes(folder: str | Path, pattern: str = "model*.safetensors") -> di
     return shapes
 
 
-def _adapter_card(folder: Path, evidence: Sequence[Evidence], repo_id: str) -> ModelCard:
-    config = _read_json(folder / "adapter_config.json")
-    base, revision = config.get("base_model_name_or_path"), config.get("revision")
-    if _hub_id(base) is None:
+def read_base(folder: str | Path) -> Base:
+    """What the `adapter_config.json` of `folder` names as its base.
+
+    Raises:
+        ValueError: if that is not a Hub id.
+    """
+    config = _read_json(Path(folder) / "adapter_config.json")
+    base = config.get("base_model_name_or_path")
+    if hub_id(base) is None:
         raise ValueError(
-            f"{folder}: adapter_config.json names the base {base!r}, expected a Hub id; a reader could not load it"
+            f"{folder}: adapter_config.json names the base {base!r}, expected a Hub id; nobody else could load it"
         )
+    return Base(base, config.get("revision"))
+
+
+def _adapter_card(folder: Path, evidence: Sequence[Evidence], repo_id: str) -> ModelCard:
+    base, config = read_base(folder), _read_json(folder / "adapter_config.json")
     shapes = tensor_shapes(folder, "adapter_model*.safetensors")
     method = "DoRA" if config.get("use_dora") else str(config.get("peft_type", "PEFT")).replace("LORA", "LoRA")
     targets = config.get("target_modules") or []
-    targets = [targets] if isinstance(targets, str) else sorted(targets)
-    saved = config.get("modules_to_save") or []
+    options = {
+        "r": config.get("r"),
+        "lora_alpha": config.get("lora_alpha"),
+        "target_modules": targets if isinstance(targets, str) else sorted(targets),
+        "modules_to_save": config.get("modules_to_save"),
+    }
+    settings = ", ".join(f"`{name}={json.dumps(value)}`" for name, value in options.items() if value)
+    pin = f', revision="{base.revision}", code_revision="{base.revision}"' if base.revision else ""
     data = {
         "library_name": "peft",
         "pipeline_tag": "mask-generation",
         "license": "apache-2.0",
-        "base_model": base,
+        "base_model": base.repo_id,
         "base_model_relation": "adapter",
         "tags": ["segment-anything", "sam", "sam-split", "peft", "lora"],
     }
-    change = (
-        f"Base: `{base}`" + (f" at revision `{revision}`" if revision else "") + ". "
-        f"The base's own weights are untouched; {len(shapes)} tensors ({_parameters(shapes):,} values) come on top: "
-        f"`r={config.get('r')}`, `lora_alpha={config.get('lora_alpha')}`, "
-        f"`target_modules={json.dumps(targets)}`" + (f", `modules_to_save={json.dumps(saved)}`" if saved else "") + "."
-    )
     body = _template("card_adapter.md").substitute(
-        title=repo_id.split("/")[-1] if repo_id != REPO_PLACEHOLDER else f"{method} adapter for {base}",
+        title=repo_id.split("/")[-1] if repo_id != REPO_PLACEHOLDER else f"{method} adapter for {base.repo_id}",
         method=method,
-        base=base,
-        base_revision=f', revision="{revision}", code_revision="{revision}"' if revision else "",
-        change=change,
+        base=base.repo_id,
+        base_revision=pin,
+        at_revision=f" at revision `{base.revision}`" if base.revision else "",
+        tensors=len(shapes),
+        values=f"{_parameters(shapes):,}",
+        settings=settings,
         repo_id=repo_id,
         evidence=_evidence_section(evidence),
+        code=code_section(folder, repo_id),
         citation=CITATION,
     )
     return _card(data, body)
@@ -281,11 +317,11 @@ def _origin(source: str | Path | None, base: str | None, revision: str | None) -
     return f"[`{base}`](https://huggingface.co/{base})" + (f" at revision `{revision}`" if revision else "")
 
 
-def _hub_id(source: str | Path | None) -> str | None:
-    """`source` if it reads as a Hub id and is not a file or folder here."""
+def hub_id(source: str | Path | None) -> str | None:
+    """`source` if it reads as `name/repository` and is not a file or folder here."""
     if not isinstance(source, str) or Path(source).exists():
         return None
-    return source if re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", source) else None
+    return source if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source) else None
 
 
 def _package() -> str:

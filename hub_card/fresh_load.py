@@ -1,0 +1,98 @@
+"""Load a folder as a stranger would: run as a script, by a fresh interpreter, with the sam_split package out of reach.
+
+    python fresh_load.py STAGED FOLDER [BASE REVISION]
+
+Loads STAGED through the Auto classes, compares every tensor with the weight files of FOLDER bit for bit, and segments
+one random picture. The last line of the output is JSON; a failed check prints one line on standard error and exits 1.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+
+def check_model(staged, folder):
+    """The model in `staged`, loaded by its own code and equal to the tensors in `folder`."""
+    from safetensors import safe_open
+    from transformers import AutoModel, AutoProcessor
+
+    model = AutoModel.from_pretrained(staged, trust_remote_code=True, dtype="auto")
+    if not type(model).__module__.startswith("transformers_modules."):
+        raise SystemExit(f"AutoModel gave {type(model).__module__}.{type(model).__name__}, not the folder's own class")
+    AutoProcessor.from_pretrained(staged)
+    loaded, seen = model.state_dict(), set()
+    for path in sorted(Path(folder).glob("model*.safetensors")):
+        if not (Path(staged) / path.name).exists():
+            continue
+        with safe_open(path, framework="pt") as weights:
+            for name in weights.keys():
+                seen.add(name)
+                compare(name, loaded.get(name), weights.get_tensor(name))
+    if set(loaded) - seen:
+        raise SystemExit(f"{sorted(set(loaded) - seen)[0]} is in the model but in none of the weight files")
+    return model, len(seen)
+
+
+def check_adapter(staged, folder, base, revision):
+    """The adapter in `staged` on its base from the Hub, equal to the tensors in `folder`."""
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors.torch import load_file
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(base, revision=revision, code_revision=revision, trust_remote_code=True)
+    model = PeftModel.from_pretrained(model, staged)
+    loaded = get_peft_model_state_dict(model)
+    stored = load_file(Path(folder) / "adapter_model.safetensors")
+    for name, tensor in stored.items():
+        compare(name, loaded.get(name), tensor)
+    if set(loaded) - set(stored):
+        raise SystemExit(f"{sorted(set(loaded) - set(stored))[0]} is in the adapter but not in its weight file")
+    return model, len(stored)
+
+
+def compare(name, ours, theirs):
+    import torch
+
+    if ours is None:
+        raise SystemExit(f"{name} is in the weight file but the model has no such tensor")
+    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+        was, now = (f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in (theirs, ours))
+        raise SystemExit(f"{name} is {was} in the weight file and {now} once loaded")
+    if not torch.isfinite(theirs).all():
+        raise SystemExit(f"{name} holds values that are not finite")
+    if not torch.equal(ours, theirs):
+        raise SystemExit(f"{name} changes on loading")
+
+
+def segment(model):
+    """One click on a random picture: the code must run and the answer be finite."""
+    import torch
+
+    size = model.config.vision_config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    pixels = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0)).to(model.dtype)
+    click = torch.tensor([[[[width / 2, height / 2]]]])
+    with torch.no_grad():
+        outputs = model.eval()(pixel_values=pixels, input_points=click)
+    for name in ("pred_masks", "iou_scores"):
+        if not torch.isfinite(outputs[name]).all():
+            raise SystemExit(f"{name} of a random picture is not finite")
+
+
+def main(staged, folder, base=None, revision=None):
+    if base is None:
+        model, tensors = check_model(staged, folder)
+    else:
+        model, tensors = check_adapter(staged, folder, base, revision)
+    segment(model)
+    import torch
+    import transformers
+
+    print(json.dumps({"tensors": tensors, "torch": torch.__version__, "transformers": transformers.__version__}))
+
+
+if __name__ == "__main__":
+    sys.path.pop(0)  # this file's own folder, whose modules have common names
+    for package in ("sam_split", "conversion", "hub_card"):
+        sys.modules[package] = None  # importing one raises ModuleNotFoundError, installed or not
+    main(*sys.argv[1:])

@@ -1,0 +1,227 @@
+"""Publish a folder: stage it, load it as a stranger would, then put it on the Hub in one commit.
+
+    sam-split push FOLDER NAME/REPOSITORY
+
+Nothing is sent before the staged copy has loaded in a fresh interpreter that cannot import this package, with every
+tensor equal to the folder's. Afterwards every file on the Hub is compared with the local one by hash.
+"""
+
+import argparse
+import dataclasses
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, get_token
+
+from .card import Base
+from .errors import PushFailed, PushRefused
+from .hub import Branch, Published, redact
+from .staging import Staged, adapter_base, check_repo_id, stage
+
+DESCRIPTION = """\
+Publish FOLDER (a split model, or a LoRA adapter) as NAME/REPOSITORY, in one commit or not at all.
+
+The files that belong are listed, staged, and loaded in a fresh process before anything is sent. If somebody else
+pushes meanwhile, nothing is overwritten. Running the command again finishes what an error stopped, or finds nothing to
+do. The token is read from HF_TOKEN or from `hf auth login`.
+"""
+
+
+def add_parser(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "push",
+        help="publish a folder on the Hugging Face Hub",
+        description=DESCRIPTION,
+        epilog="example:\n  sam-split push sam-split-vit-base you/sam-split-vit-base --dry-run",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", metavar="FOLDER", help="written by `sam-split convert`, or by save_pretrained")
+    parser.add_argument("repo_id", metavar="REPO_ID", help="name/repository; created if it does not exist")
+    add_push_options(parser)
+    parser.set_defaults(run=run)
+
+
+def add_push_options(parser) -> None:
+    """The options that `push` and `convert --push-to-hub` share."""
+    parser.add_argument("--private", action="store_true", help="if the repository has to be created, make it private")
+    parser.add_argument(
+        "--branch", default="main", metavar="B", help="branch to push to; created if it does not exist"
+    )
+    parser.add_argument("--create-pr", action="store_true", help="open a pull request; the branch stays as it is")
+    parser.add_argument("--message", metavar="M", help="title of the commit")
+    parser.add_argument("--dry-run", action="store_true", help="do everything but write to the Hub")
+    parser.add_argument(
+        "--allow-modified-code",
+        action="store_true",
+        help="push code files that differ from this package's; the card says so",
+    )
+    parser.add_argument(
+        "--base-model", metavar="REPO_ID", help="Hub id of the model an adapter or fine-tuned weights were made from"
+    )
+    parser.add_argument("--base-revision", metavar="SHA", help="commit of --base-model")
+
+
+def run(args) -> int:
+    """`push` with parsed options; 0 when published or already there, 1 when the Hub failed, 2 for bad input."""
+    base = Base(args.base_model, args.base_revision) if args.base_model else None
+    try:
+        push(
+            args.folder,
+            args.repo_id,
+            private=args.private,
+            branch=args.branch,
+            create_pr=args.create_pr,
+            message=args.message,
+            dry_run=args.dry_run,
+            allow_modified_code=args.allow_modified_code,
+            base=base,
+        )
+    except (PushRefused, PushFailed) as error:
+        print(f"sam-split: error: {redact(str(error))}", file=sys.stderr)
+        return 2 if isinstance(error, PushRefused) else 1
+    return 0
+
+
+def push(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    branch: str = "main",
+    create_pr: bool = False,
+    message: str | None = None,
+    dry_run: bool = False,
+    allow_modified_code: bool = False,
+    base: Base | None = None,
+) -> Published | None:
+    """Publish a split model, or an adapter, and say where.
+
+    Args:
+        folder: what `sam-split convert`, `save_pretrained` or PEFT wrote.
+        repo_id: "name/repository".
+        private: only for a repository that this call creates.
+        branch: created from main if it does not exist.
+        create_pr: leave the branch as it is and open a pull request against it.
+        message: title of the commit.
+        dry_run: stage, load and compare, but write nothing to the Hub.
+        allow_modified_code: push code files that are not the installed package's; the card will say so.
+        base: what the adapter or the weights were made from, where the folder itself does not say.
+
+    Returns:
+        Where the files stand; None after a dry run.
+
+    Raises:
+        PushRefused: the input is at fault; nothing was sent.
+        PushFailed: the Hub refused or failed; the branch holds what it held before.
+    """
+    check_repo_id(repo_id)
+    if constants.HF_HUB_OFFLINE:
+        raise PushRefused("HF_HUB_OFFLINE is set; unset it to reach the Hub")
+    api = HfApi()
+    if not dry_run and get_token() is None:
+        raise PushRefused("no Hub token found; run `hf auth login`, or set HF_TOKEN")
+    target = Branch(api, repo_id, branch)
+    with tempfile.TemporaryDirectory(prefix="sam-split-push-") as scratch:
+        staged_folder = Path(scratch, "staged")
+        staged_folder.mkdir()
+        if adapter_base(folder, base):
+            base = _pinned(api, adapter_base(folder, base))
+        staged = stage(folder, staged_folder, repo_id, allow_modified_code=allow_modified_code, base=base)
+        _print_table(staged, target)
+        print("Loading the staged files in a fresh process, without this package ...", flush=True)
+        print(load_in_fresh_process(staged, folder))
+
+        head = target.head()
+        if dry_run:
+            _print_plan(target, staged, head)
+            return None
+        if head is None:
+            target.check_card((staged.folder / "README.md").read_text(encoding="utf-8"))
+            head = target.create(private)
+        target.refuse_unfit(head, staged)
+        if not any(target.differences(head, staged)):
+            published = Published(repo_id, head, f"{api.endpoint}/{repo_id}/commit/{head}", False)
+        else:
+            published = target.find_open_request(staged) if create_pr else None
+            kind = "adapter" if staged.is_adapter else "model"
+            published = published or target.publish(staged, head, message or f"Upload SamSplit {kind}", create_pr)
+    _print_result(published, staged)
+    return published
+
+
+def load_in_fresh_process(staged: Staged, folder: str | Path) -> str:
+    """Run `fresh_load.py` on the staged files and return what it found, in a sentence.
+
+    Raises:
+        PushRefused: they do not load, or not as what the folder holds.
+    """
+    script = Path(__file__).with_name("fresh_load.py")
+    arguments = [str(staged.folder), str(Path(folder).resolve())]
+    environment = dict(os.environ)
+    with tempfile.TemporaryDirectory(prefix="sam-split-modules-") as scratch:
+        environment["HF_MODULES_CACHE"] = scratch  # or an earlier load's code could answer for this one's
+        if staged.is_adapter:
+            arguments += [staged.base.repo_id, staged.base.revision]
+        else:
+            environment["HF_HUB_OFFLINE"] = "1"
+            environment.pop("HF_TOKEN", None)  # the folder's own code has no business with it
+        done = subprocess.run(
+            [sys.executable, str(script), *arguments], env=environment, cwd=scratch, capture_output=True, text=True
+        )
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"the process ended with {done.returncode}"]
+        raise PushRefused(f"{folder} does not load in a fresh process: {redact(lines[-1])}")
+    return done.stdout.strip().splitlines()[-1]
+
+
+def _pinned(api: HfApi, base: Base) -> Base:
+    """`base` with a commit for its revision: an adapter is for these very weights."""
+    head = Branch(api, base.repo_id, base.revision or "main").head()
+    if head is None:
+        raise PushRefused(
+            f"the adapter's base {base.repo_id} (revision {base.revision or 'main'}) is not on the Hub; push it first"
+        )
+    return dataclasses.replace(base, revision=head)
+
+
+def _print_table(staged: Staged, target: Branch) -> None:
+    width = max(len(file.path) for file in staged.files)
+    print(f"For {target}:")
+    for file in staged.files:
+        print(f"  {file.path:<{width}}  {file.size:>13,} bytes  {file.what}")
+    if staged.left_out:
+        print(f"Left out: {', '.join(staged.left_out)}")
+
+
+def _print_plan(target: Branch, staged: Staged, head: str | None) -> None:
+    if head is None:
+        print(f"Dry run: {target} does not exist yet; it would be created with these files.")
+        return
+    target.refuse_unfit(head, staged)
+    changed, stale = target.differences(head, staged)
+    if not changed and not stale:
+        print(f"Dry run: {target} holds exactly these files already, at {head}.")
+        return
+    print(f"Dry run: on top of {head}, one commit would")
+    for file in changed:
+        print(f"  write  {file.path}")
+    for path in stale:
+        print(f"  delete {path}")
+
+
+def _print_result(published: Published, staged: Staged) -> None:
+    if published.changed:
+        print(f"Published: {published.url}")
+    else:
+        print(f"Nothing to do, these files are there already: {published.url}")
+    if published.pr_url:
+        print(f"Pull request: {published.pr_url}")
+    print("Every file was compared with the Hub's by hash. Load exactly this with")
+    where = f'"{published.repo_id}", revision="{published.oid}"'
+    if staged.is_adapter:
+        print(f"  PeftModel.from_pretrained(base, {where})")
+    else:
+        print(f'  AutoModel.from_pretrained({where}, code_revision="{published.oid}", trust_remote_code=True)')

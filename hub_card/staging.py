@@ -1,0 +1,308 @@
+"""Which files of a folder belong on the Hub, and the copy of them that is pushed.
+
+What is not listed here does not leave the machine: training states, `.env` files, pickles and notes are left out, by
+name.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import ModelCard
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from tqdm import tqdm
+
+from .card import (
+    CODE_FILES,
+    REPO_PLACEHOLDER,
+    Base,
+    hub_id,
+    model_card,
+    modified_code,
+    read_base,
+    refresh_code_section,
+)
+from .errors import PushRefused
+
+MODEL_FILES = {
+    "config.json": "configuration; its auto_map names the code",
+    "configuration_sam_split.py": "code that trust_remote_code runs",
+    "modeling_sam_split.py": "code that trust_remote_code runs",
+    "model.safetensors": "weights",
+    "model.safetensors.index.json": "which shard holds which tensor",
+    "preprocessor_config.json": "image processor",
+    "processor_config.json": "image processor",
+}
+ADAPTER_FILES = {
+    "adapter_config.json": "adapter configuration; names the base",
+    "adapter_model.safetensors": "adapter",
+}
+SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+CODE = re.compile(r"(configuration|modeling)_\w+\.py")
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_sam_split.SamSplitConfig",
+    "AutoModel": "modeling_sam_split.SamSplitModel",
+    "AutoModelForMaskGeneration": "modeling_sam_split.SamSplitModel",
+}
+
+_TOKEN = re.compile(rb"hf_[A-Za-z0-9]{20,}")
+
+
+@dataclass(frozen=True)
+class StagedFile:
+    """One file as it will stand on the Hub. The Hub names an LFS file by `sha256`, any other by `blob_id`."""
+
+    path: str
+    location: Path
+    what: str
+    size: int
+    sha256: str
+    blob_id: str
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A folder made ready: `files` is everything that will be pushed, `left_out` what stays here."""
+
+    folder: Path
+    files: list[StagedFile]
+    left_out: list[str]
+    base: Base | None  # of an adapter
+
+    @property
+    def is_adapter(self) -> bool:
+        return self.base is not None
+
+    def is_stale(self, path: str) -> bool:
+        """Whether a file on the Hub is one that an earlier push of ours left and this one does not bring."""
+        return is_ours(path, self.is_adapter) and path not in {file.path for file in self.files}
+
+
+def is_ours(path: str, adapter: bool) -> bool:
+    if adapter:
+        return path in ADAPTER_FILES
+    return path in MODEL_FILES or bool(SHARD.fullmatch(path) or CODE.fullmatch(path))
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raises PushRefused unless `repo_id` is `name/repository` in the Hub's alphabet."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise PushRefused(f"{repo_id!r} is not a repository id: {error}") from None
+    if repo_id.count("/") != 1:
+        raise PushRefused(f"{repo_id!r} is not a repository id; expected 'name/repository', both parts")
+
+
+def stage(
+    folder: str | Path,
+    target: str | Path,
+    repo_id: str,
+    *,
+    allow_modified_code: bool = False,
+    base: Base | None = None,
+) -> Staged:
+    """Copy what belongs into `target` (an empty folder), with the card and the configs as they will be published.
+
+    Args:
+        base: of an adapter, its Hub id and commit; of a model, what it was made from if its card does not say.
+
+    Raises:
+        PushRefused: if the folder is incomplete, ambiguous, not a split model, or holds a token.
+    """
+    folder, target = Path(folder), Path(target)
+    if not folder.is_dir():
+        raise PushRefused(f"{folder} is not a folder; give the one that `sam-split convert` or save_pretrained wrote")
+    adapter = (folder / "adapter_config.json").is_file()
+    paths = _adapter_paths(folder) if adapter else _model_paths(folder)
+    for path in paths:
+        _link_or_copy(folder / path, target / path)
+    if adapter:
+        _rewrite_json(target / "adapter_config.json", _published_adapter_config(folder, base))
+    else:
+        _rewrite_json(target / "config.json", _published_config(folder))
+        modified = modified_code(target)
+        if modified and not allow_modified_code:
+            raise PushRefused(
+                f"{' and '.join(modified)} in {folder} differ from the installed sam_split; "
+                "whoever loads the repository runs them. Pass --allow-modified-code if the change is meant"
+            )
+    (target / "README.md").write_text(_published_card(folder, target, repo_id, base), encoding="utf-8", newline="\n")
+    what = {**(ADAPTER_FILES if adapter else MODEL_FILES), "README.md": "model card", "LICENSE": "licence"}
+    names = sorted({*paths, "README.md"})
+    _refuse_tokens(target, names)
+    files = [
+        _hashed(target / name, name, what.get(name, "weights")) for name in tqdm(names, desc="Hashing", unit="file")
+    ]
+    left_out = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir() if entry.name not in names)
+    return Staged(target, files, left_out, read_base(target) if adapter else None)
+
+
+def _model_paths(folder: Path) -> list[str]:
+    config = _read_json(folder / "config.json")
+    if config.get("model_type") != "sam_split":
+        raise PushRefused(
+            f"config.json in {folder} says model_type {config.get('model_type')!r}, expected 'sam_split'; "
+            f"`sam-split convert {folder} OUT` makes such a folder"
+        )
+    for name in CODE_FILES:
+        if not (folder / name).is_file():
+            raise PushRefused(
+                f"{folder} holds no {name}, without which AutoModel cannot load it; convert or save it again"
+            )
+    paths = ["config.json", *CODE_FILES, *_weight_paths(folder)]
+    processors = [name for name in ("preprocessor_config.json", "processor_config.json") if (folder / name).is_file()]
+    if not processors:
+        raise PushRefused(
+            f"{folder} holds no preprocessor_config.json; save one: SamProcessor.save_pretrained({str(folder)!r})"
+        )
+    return paths + processors + _optional(folder)
+
+
+def _weight_paths(folder: Path) -> list[str]:
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file() and index.is_file():
+        raise PushRefused(
+            f"{folder} holds both {single.name} and {index.name}: keep one, the loader cannot know which is meant"
+        )
+    if single.is_file():
+        return [single.name]
+    if not index.is_file():
+        pickles = ", ".join(
+            sorted(path.name for path in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pth"))
+        )
+        found = f" ({pickles} is a pickle and is never published)" if pickles else ""
+        raise PushRefused(f"{folder} holds no model.safetensors{found}; `sam-split convert {folder} OUT` writes one")
+    shards = sorted(set(_read_json(index)["weight_map"].values()))
+    for shard in shards:
+        if not SHARD.fullmatch(shard) or not (folder / shard).is_file():
+            raise PushRefused(f"{index} names the shard {shard!r}, which is not in the folder")
+    return [index.name, *shards]
+
+
+def _adapter_paths(folder: Path) -> list[str]:
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise PushRefused(
+            f"{folder} holds no adapter_model.safetensors; save the adapter with safe_serialization=True"
+        )
+    if (folder / "config.json").is_file():
+        raise PushRefused(f"{folder} holds an adapter and a model; publish each from a folder of its own")
+    return [*ADAPTER_FILES, *_optional(folder)]
+
+
+def _optional(folder: Path) -> list[str]:
+    return [name for name in ("README.md", "LICENSE") if (folder / name).is_file()]
+
+
+def _published_config(folder: Path) -> dict:
+    """The config without this machine's paths, and with an auto_map that points into this repository alone."""
+    config = _read_json(folder / "config.json")
+    for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
+        part.pop("_name_or_path", None)
+    return {**config, "auto_map": AUTO_MAP}
+
+
+def adapter_base(folder: str | Path, given: Base | None = None) -> Base | None:
+    """What the adapter in `folder` belongs to: `given`, or else what its config names. None if it holds no adapter.
+
+    Raises:
+        PushRefused: if that is a path on this machine.
+    """
+    if not (Path(folder) / "adapter_config.json").is_file():
+        return None
+    config = _read_json(Path(folder) / "adapter_config.json")
+    named = config.get("base_model_name_or_path")
+    if given is not None:
+        return Base(given.repo_id, given.revision or (config.get("revision") if given.repo_id == named else None))
+    if hub_id(named) is None:
+        raise PushRefused(
+            f"adapter_config.json in {folder} names the base {named!r}, which nobody else can load; "
+            "push the base first, then name it with --base-model NAME/REPOSITORY"
+        )
+    return Base(named, config.get("revision"))
+
+
+def _published_adapter_config(folder: Path, given: Base | None) -> dict:
+    base, config = adapter_base(folder, given), _read_json(folder / "adapter_config.json")
+    # auto_mapping holds the name and hash of a local module, true on this machine only.
+    return {**config, "base_model_name_or_path": base.repo_id, "revision": base.revision, "auto_mapping": None}
+
+
+def _published_card(folder: Path, target: Path, repo_id: str, base: Base | None) -> str:
+    readme = folder / "README.md"
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    # Trainer, PEFT and save_pretrained(push_to_hub=True) write a form to fill in; an empty form says nothing.
+    if not text.strip() or ("Model Card for Model ID" in text and "[More Information Needed]" in text):
+        source, revision = (base.repo_id, base.revision) if base else (None, None)
+        return str(model_card(target, source=source, revision=revision, change="finetune", repo_id=repo_id))
+    text = refresh_code_section(text.replace(REPO_PLACEHOLDER, repo_id), target, repo_id)
+    return _with_metadata(text, target, readme, base)
+
+
+def _with_metadata(text: str, target: Path, readme: Path, base: Base | None) -> str:
+    """`text` with the metadata that the Hub needs to show and find the repository, where its author left them out."""
+    try:
+        card = ModelCard(text)
+    except ValueError as error:
+        raise PushRefused(f"{readme}: its metadata, between the two --- lines, does not parse: {error}") from None
+    wanted = model_card(target, source=base.repo_id if base else None).data.to_dict()
+    missing = {key: value for key, value in wanted.items() if card.data.get(key) is None}
+    if wanted.get("base_model_relation") == "adapter":
+        missing |= {"base_model": wanted["base_model"], "base_model_relation": "adapter"}
+    elif card.data.get("base_model") is not None and not hub_id(card.data.get("base_model")):
+        raise PushRefused(
+            f"{readme}: base_model is {card.data.get('base_model')!r}, expected a Hub id; correct or remove it"
+        )
+    if not missing:
+        return text
+    for key, value in missing.items():
+        card.data[key] = value
+    return str(card)
+
+
+def _refuse_tokens(folder: Path, names: list[str]) -> None:
+    for name in names:
+        if not name.endswith(".safetensors") and _TOKEN.search((folder / name).read_bytes()):
+            raise PushRefused(f"{name} holds what looks like a Hugging Face token; remove it, and revoke the token")
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    source = source.resolve()  # files of a Hub cache are links themselves
+    if source.suffix != ".safetensors":
+        shutil.copyfile(source, target)
+        return
+    try:
+        os.link(source, target)  # weights are gigabytes
+    except OSError:  # another file system
+        shutil.copyfile(source, target)
+
+
+def _hashed(location: Path, path: str, what: str) -> StagedFile:
+    size = location.stat().st_size
+    sha256, blob = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size)  # the second is how git names a file
+    with location.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            sha256.update(chunk)
+            blob.update(chunk)
+    return StagedFile(path, location, what, size, sha256.hexdigest(), blob.hexdigest())
+
+
+def _rewrite_json(path: Path, content: dict) -> None:
+    if _read_json(path) != content:
+        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8", newline="\n")
+
+
+def _read_json(path: Path) -> dict:
+    if not path.is_file():
+        raise PushRefused(
+            f"{path.parent} holds no {path.name}; give a folder that `sam-split convert` or save_pretrained wrote"
+        )
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PushRefused(f"{path} is not JSON: {error}") from None

@@ -1,0 +1,96 @@
+"""A process with the Hub client's environment that runs `sam-split` commands for a test, one after another.
+
+huggingface_hub reads its environment once, at import, so the test's own process cannot be that client. One process
+serves many tests: its clock does not wait but notes how long it was asked to, and it skips the load in a fresh
+interpreter, which has tests of its own, unless a test wants it.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass
+class Outcome:
+    code: int
+    out: str
+    err: str
+    slept: list[float] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        return self.out + self.err
+
+
+class Client:
+    """The process. `transcript` is all that it ever printed."""
+
+    def __init__(self, hub, home, **variables: str):
+        environment = {**hub.environment(home), **variables}
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        command = [sys.executable, __file__]
+        self.transcript = ""
+        self.process = subprocess.Popen(
+            command, env=environment, cwd=home, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.stdin.close()
+        self.process.wait(timeout=30)
+        self.process.stdout.close()
+
+    def start(self, *arguments, load=False):
+        """Begin a command; `load` keeps the load in a fresh interpreter."""
+        request = {"arguments": [str(argument) for argument in arguments], "load": load}
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+
+    def finish(self) -> Outcome:
+        outcome = Outcome(**json.loads(self.process.stdout.readline()))
+        self.transcript += outcome.text
+        return outcome
+
+    def run(self, *arguments, load=False) -> Outcome:
+        self.start(*arguments, load=load)
+        return self.finish()
+
+
+def serve():
+    from hub_card import push
+
+    parser = argparse.ArgumentParser(prog="sam-split")
+    push.add_parser(parser.add_subparsers(required=True))
+    answers, real_load, slept = sys.stdout, push.load_in_fresh_process, []
+    time.sleep = slept.append
+    for line in sys.stdin:
+        request, out, err = json.loads(line), io.StringIO(), io.StringIO()
+        push.load_in_fresh_process = real_load if request["load"] else lambda *_: "not loaded: the test said so"
+        slept.clear()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                parsed = parser.parse_args(request["arguments"])
+                code = parsed.run(parsed)
+            except SystemExit as error:  # argparse
+                code = error.code
+            except BaseException:
+                traceback.print_exc()
+                code = -1  # no command may end in a traceback
+        answer = {"code": code, "out": out.getvalue(), "err": err.getvalue(), "slept": slept}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    serve()
