@@ -34,8 +34,11 @@ from .configuration_sam_split import SamSplitConfig, SamSplitVisionConfig
 # Scores held at once by the banded attention: 4 MB in float32, which a core's caches keep.
 BAND_SCORES = 2**20
 
-# Prompts decoded at once. One prompt needs about 30 MB in float32; a CPU gains nothing from more, an accelerator does.
-PROMPTS_AT_ONCE_CPU = 8
+# Tokens that pass an MLP at once when no gradient is needed, so that its wide activations stay small and in cache.
+TOKENS_AT_ONCE = 1024
+
+# Prompts decoded at once. One needs about 30 MB in float32: a CPU is fastest on few, an accelerator on many.
+PROMPTS_AT_ONCE_CPU = 4
 PROMPTS_AT_ONCE_ACCELERATOR = 64
 
 
@@ -90,6 +93,13 @@ class SamSplitMLPBlock(nn.Module):
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states):
+        """(..., C) to the same."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._transform(hidden_states)
+        parts = hidden_states.flatten(0, -2).split(TOKENS_AT_ONCE)
+        return torch.cat([self._transform(part) for part in parts]).view_as(hidden_states)
+
+    def _transform(self, hidden_states):
         return self.lin2(self.act(self.lin1(hidden_states)))
 
 
@@ -109,8 +119,8 @@ class SamSplitPatchEmbeddings(nn.Module):
         if tuple(pixel_values.shape[1:]) != self.expected_shape or pixel_values.ndim != 4:
             raise ValueError(
                 f"pixel_values must be (B, {', '.join(map(str, self.expected_shape))}), got "
-                f"{tuple(pixel_values.shape)}; SamProcessor resizes and pads to that, and `sam-split convert --image-size` "
-                "makes a model for another size"
+                f"{tuple(pixel_values.shape)}; SamProcessor resizes and pads to that, and "
+                "`sam-split convert --image-size` makes a model for another size"
             )
         return self.projection(pixel_values.to(self.projection.weight.dtype)).permute(0, 2, 3, 1)  # (B, H, W, C)
 
@@ -512,10 +522,14 @@ def _row(embedding, device):
 
 
 class SamSplitAttention(nn.Module):
-    """Attention of the mask decoder: between a prompt's few tokens, or between them and the image's many.
+    """Attention of the mask decoder: among a prompt's few tokens, or between them and the image's many.
 
-    Scores are laid out with the image along the last axis, whichever side asks. Their matrix is smaller than the keys,
-    so there is one path for every `attn_implementation`.
+    Scores always lie with the image along the last axis, whichever side asks: (B, P, heads * T, H * W). To make them
+    with one matrix product per prompt, the tokens of each head are laid out as rows in which the other heads' channels
+    are zero. The scores take less room than the image, so one path serves every `attn_implementation`.
+
+    The image is not projected to values, nor is what it takes from the tokens projected back: attention weights sum to
+    one, so an affine layer may as well see the average of its inputs, or the few tokens that are averaged.
     """
 
     def __init__(self, config, downsample_rate):
@@ -529,25 +543,30 @@ class SamSplitAttention(nn.Module):
         self.out_proj = nn.Linear(inner, config.hidden_size)
 
     def forward(self, query, key, value):
-        """Attention among tokens, or from tokens to an image: (B, P, T, C), all three."""
-        return self.tokens_to_image(query, self.k_proj(key), self.v_proj(value))
+        """Attention among tokens: (B, P, T, C), all three and the result."""
+        return self.tokens_to_image(query, self.k_proj(key), value)
 
-    def tokens_to_image(self, query, key, value, similarity=None):
+    def tokens_to_image(self, query, key, image, similarity=None):
         """What each token takes from the image.
 
         Args:
             query: (B, P, T, C), not yet projected.
-            key, value: (B, P, H * W, inner), projected; P may be 1 for an image that all prompts share.
+            key: (B, P, H * W, inner), projected; P may be 1 for an image that all prompts share.
+            image: (B, P, H * W, C), the values, not yet projected; P as in `key`.
             similarity: added to the scores, broadcast to (B, P, heads, T, H * W), or None.
 
         Returns:
             (B, P, T, C).
         """
-        query, key, value = self._heads(self.q_proj(query)), self._heads(key), self._heads(value)
-        scores = torch.einsum("bpthd,bpnhd->bphtn", query * self.scale, key)
+        prompts, tokens = query.shape[1:3]
+        scores = self._scores(self.q_proj(query), key, prompts)
         if similarity is not None:
             scores = scores + similarity
-        return self._merge(torch.einsum("bphtn,bpnhd->bpthd", self._softmax(scores, -1), value))
+        weights = self._softmax(scores, -1).flatten(2, 3)  # (B, P, heads * T, H * W)
+        averages = _matmul_shared(weights, image)  # (B, P, heads * T, C)
+        values = self.v_proj(averages).unflatten(2, (-1, tokens)).unflatten(-1, (self.num_attention_heads, -1))
+        own = values.diagonal(dim1=2, dim2=4)  # (B, P, T, D, heads), each head's own channels of its own average
+        return self.out_proj(own.transpose(-1, -2).flatten(-2))
 
     def image_to_tokens(self, query, key, value):
         """What each place of the image takes from the tokens.
@@ -559,18 +578,32 @@ class SamSplitAttention(nn.Module):
         Returns:
             (B, P, H * W, C).
         """
-        query, key, value = self._heads(query), self._heads(self.k_proj(key)), self._heads(self.v_proj(value))
-        scores = torch.einsum("bpthd,bpnhd->bphtn", key * self.scale, query)
-        return self._merge(torch.einsum("bphtn,bpthd->bpnhd", self._softmax(scores, -2), value))
+        weights = self._softmax(self._scores(self.k_proj(key), query, key.shape[1]), -2).flatten(2, 3)
+        values = self._rows_by_head(self.v_proj(value))  # (B, P, heads * T, inner)
+        # The last row is a zero token's, the layer's bias: each head's weights sum to one, and the bias counts once.
+        values, bias = self.out_proj(F.pad(values, (0, 0, 0, 1))).split([values.shape[2], 1], dim=2)
+        return weights.transpose(-1, -2) @ (values - bias) + bias
 
-    def _heads(self, hidden_states):
-        return hidden_states.unflatten(-1, (self.num_attention_heads, -1))  # (B, P, T or H * W, heads, D)
+    def _scores(self, tokens, image, prompts):
+        """Scores (B, P, heads, T, H * W) of projected tokens (B, P, T, inner) and image (B, P or 1, H * W, inner)."""
+        rows = self._rows_by_head(tokens * self.scale)
+        return _matmul_shared(rows, image.transpose(-1, -2)).unflatten(2, (self.num_attention_heads, -1))
 
-    def _merge(self, hidden_states):
-        return self.out_proj(hidden_states.flatten(-2))
+    def _rows_by_head(self, tokens):
+        """(B, P, T, inner) to (B, P, heads * T, inner), zero but for the channels of a row's own head."""
+        tokens = tokens.unflatten(-1, (self.num_attention_heads, -1))[:, :, None]  # (B, P, 1, T, heads, D)
+        own = torch.eye(self.num_attention_heads, dtype=tokens.dtype, device=tokens.device)[:, None, :, None]
+        return (tokens * own).flatten(-2).flatten(2, 3)
 
     def _softmax(self, scores, dim):
         return F.softmax(scores, dim=dim, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
+
+
+def _matmul_shared(rows, matrix):
+    """(B, P, R, K) @ (B, P or 1, K, L) to (B, P, R, L), without a copy per prompt of a matrix that prompts share."""
+    if matrix.shape[1] == rows.shape[1]:
+        return rows @ matrix
+    return (rows.flatten(1, 2) @ matrix[:, 0]).unflatten(1, rows.shape[1:3])
 
 
 class SamSplitTwoWayAttentionBlock(nn.Module):
@@ -589,11 +622,10 @@ class SamSplitTwoWayAttentionBlock(nn.Module):
         self.cross_attn_image_to_token = SamSplitAttention(config, config.attention_downsample_rate)
 
     def project_image(self, image, image_positions):
-        """The image's keys and values for the tokens, and its queries to them: three of (B, P, H * W, inner)."""
+        """The image's keys for the tokens and its queries to them: two of (B, P, H * W, inner)."""
         positioned = image + image_positions
         return (
             self.cross_attn_token_to_image.k_proj(positioned),
-            self.cross_attn_token_to_image.v_proj(image),
             self.cross_attn_image_to_token.q_proj(positioned),
         )
 
@@ -609,7 +641,7 @@ class SamSplitTwoWayAttentionBlock(nn.Module):
         Returns:
             tokens (B, P, T, C), image (B, P, H * W, C), and what was added to the image before its norm.
         """
-        keys, values, queries = projected_image
+        keys, queries = projected_image
         if self.is_first:  # these tokens are their own positions
             tokens = self.self_attn(tokens, tokens, tokens)
         else:
@@ -617,7 +649,7 @@ class SamSplitTwoWayAttentionBlock(nn.Module):
             tokens = tokens + self.self_attn(positioned, positioned, tokens)
         tokens = self.layer_norm1(tokens)
 
-        taken = self.cross_attn_token_to_image.tokens_to_image(tokens + token_positions, keys, values, similarity)
+        taken = self.cross_attn_token_to_image.tokens_to_image(tokens + token_positions, keys, image, similarity)
         tokens = self.layer_norm2(tokens + taken)
         tokens = self.layer_norm3(tokens + self.mlp(tokens))
 
@@ -660,8 +692,8 @@ class SamSplitTwoWayTransformer(nn.Module):
             tokens, image, added = block(tokens, image, projected_image, token_positions, similarity)
             added_by_block.append(added)
         attention = self.final_attn_token_to_image
-        key, value = attention.k_proj(image + image_positions), attention.v_proj(image)
-        taken = attention.tokens_to_image(tokens + token_positions, key, value)
+        key = attention.k_proj(image + image_positions)
+        taken = attention.tokens_to_image(tokens + token_positions, key, image)
         return self.layer_norm_final_attn(tokens + taken), image, added_by_block
 
 
@@ -681,6 +713,18 @@ class SamSplitFeedForward(nn.Module):
         return self.proj_out(hidden_states)
 
 
+class SamSplitUpscaling(nn.ConvTranspose2d):
+    """Twice the resolution: each place has four children that share nothing, so this is a linear layer per place."""
+
+    def __init__(self, input_dim, output_dim):
+        super().__init__(input_dim, output_dim, kernel_size=2, stride=2)
+
+    def forward(self, hidden_states):
+        """(..., C) to (..., 2 * 2, C / k), the children in reading order."""
+        weight = self.weight.permute(2, 3, 1, 0).flatten(0, 2)  # (2 * 2 * C / k, C)
+        return F.linear(hidden_states, weight, self.bias.repeat(4)).unflatten(-1, (4, -1))
+
+
 class SamSplitMaskDecoder(nn.Module):
     """Image embedding and prompt embeddings to masks and their predicted IoU."""
 
@@ -691,9 +735,9 @@ class SamSplitMaskDecoder(nn.Module):
         self.iou_token = nn.Embedding(1, hidden_size)
         self.mask_tokens = nn.Embedding(self.num_mask_tokens, hidden_size)
         self.transformer = SamSplitTwoWayTransformer(config)
-        self.upscale_conv1 = nn.ConvTranspose2d(hidden_size, hidden_size // 4, kernel_size=2, stride=2)
-        self.upscale_layer_norm = SamSplitChannelNorm(hidden_size // 4, eps=1e-6)
-        self.upscale_conv2 = nn.ConvTranspose2d(hidden_size // 4, hidden_size // 8, kernel_size=2, stride=2)
+        self.upscale_conv1 = SamSplitUpscaling(hidden_size, hidden_size // 4)
+        self.upscale_layer_norm = nn.LayerNorm(hidden_size // 4, eps=1e-6)
+        self.upscale_conv2 = SamSplitUpscaling(hidden_size // 4, hidden_size // 8)
         self.activation = nn.GELU()
         self.output_hypernetworks_mlps = nn.ModuleList(
             SamSplitFeedForward(hidden_size, hidden_size, hidden_size // 8, 3) for _ in range(self.num_mask_tokens)
@@ -735,8 +779,8 @@ class SamSplitMaskDecoder(nn.Module):
         prompts = max(tokens.shape[1], dense_prompt_embeddings.shape[1])
         tokens = tokens.expand(-1, prompts, -1, -1)
         image = (image_embeddings[:, None] + dense_prompt_embeddings).to(tokens.dtype)  # (B, P or 1, C, H, W)
-        image = image.flatten(3).transpose(2, 3)  # (B, P or 1, H * W, C)
-        image_positions = image_positional_embeddings.flatten(2).transpose(1, 2)[None]  # (1, 1, H * W, C)
+        image = image.flatten(3).transpose(2, 3).contiguous()  # (B, P or 1, H * W, C)
+        image_positions = image_positional_embeddings.flatten(2).transpose(1, 2)[None].contiguous()  # (1, 1, H * W, C)
         projected = self.transformer.layers[0].project_image(image, image_positions)
         if attention_similarity is not None:
             attention_similarity = _with_prompt_axis(attention_similarity, batch, prompts)
@@ -773,13 +817,12 @@ class SamSplitMaskDecoder(nn.Module):
 
     def _masks(self, tokens, image, grid, wanted):
         """Logits (B, P, M, 4 * H, 4 * W) of the wanted mask tokens."""
-        leading = image.shape[:2]
-        image = image.flatten(0, 1).unflatten(1, grid).permute(0, 3, 1, 2)  # (B * P, C, H, W), channels last in memory
-        upscaled = self.activation(self.upscale_layer_norm(self.upscale_conv1(image)))
-        upscaled = self.activation(self.upscale_conv2(upscaled))  # (B * P, C / 8, 4 * H, 4 * W)
+        upscaled = self.activation(self.upscale_layer_norm(self.upscale_conv1(image)))  # (B, P, H * W, 4, C / 4)
+        upscaled = self.activation(self.upscale_conv2(upscaled))  # (B, P, H * W, 4, 4, C / 8)
         filters = [self.output_hypernetworks_mlps[index](tokens[:, :, 1 + index]) for index in wanted]
-        filters = torch.stack(filters, dim=2).flatten(0, 1)  # (B * P, M, C / 8)
-        return (filters @ upscaled.flatten(2)).unflatten(-1, upscaled.shape[2:]).unflatten(0, leading)
+        masks = torch.stack(filters, dim=2) @ upscaled.flatten(2, 4).transpose(-1, -2)  # (B, P, M, H * W * 4 * 4)
+        masks = masks.unflatten(-1, (*grid, 2, 2, 2, 2))  # rows, columns, then row and column twice over
+        return masks.permute(0, 1, 2, 3, 5, 7, 4, 6, 8).flatten(6).flatten(3, 5)  # (B, P, M, 4 * H, 4 * W)
 
 
 def _parts(prompts, device):
@@ -882,8 +925,8 @@ def _check_loading(source, info, allow_mismatch):
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ValueError(
-            f"{source!r} lacks {len(missing)} of the model's tensors, the first is {missing[0]!r}; it is not a complete "
-            "SamSplit model: make one with `sam-split convert SOURCE OUT`"
+            f"{source!r} lacks {len(missing)} of the model's tensors, the first is {missing[0]!r}; it is not a "
+            "complete SamSplit model: make one with `sam-split convert SOURCE OUT`"
         )
     if info["mismatched_keys"] and not allow_mismatch:
         key, given, expected = min(info["mismatched_keys"])
