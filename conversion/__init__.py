@@ -16,6 +16,8 @@ _PUBLIC = {
     "to_meta": "key_map",
     "config_from_state_dict": "geometry",
     "convert": "checkpoints",
+    "fuse": "checkpoints",
+    "verify": "verification",
 }
 
 __all__ = list(_PUBLIC)

@@ -43,6 +43,71 @@ def _run_convert(args):
     print(f"wrote {args.out}; load it with AutoModel.from_pretrained({args.out!r}, trust_remote_code=True)")
 
 
+FUSE = """\
+Turn a SamSplit folder back into what other tools read, bit for bit.
+
+  --format transformers     OUT is a folder for stock SamModel
+  --format meta             OUT is a .pth for segment_anything's sam_model_registry
+"""
+
+
+def _add_fuse(subparsers):
+    parser = subparsers.add_parser(
+        "fuse",
+        help="a split folder to stock transformers or Meta's .pth",
+        description=FUSE,
+        epilog="example:\n  sam-split fuse sam-split-vit-base sam_vit_b.pth --format meta",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", metavar="SOURCE")
+    parser.add_argument("out", metavar="OUT")
+    parser.add_argument("--format", choices=("transformers", "meta"), default="transformers")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.set_defaults(run=_run_fuse)
+
+
+def _run_fuse(args):
+    from .checkpoints import fuse
+
+    fuse(args.source, args.out, format=args.format, progress=not args.quiet)
+    print(f"wrote {args.out}")
+
+
+VERIFY = """\
+Check that two checkpoints hold the same model: configs, every tensor bit for bit, then the outputs on a fixed image.
+
+A and B are split folders, transformers folders, .pth files or Hub ids, in any combination. The first difference is
+named and the exit code is 1.
+"""
+
+
+def _add_verify(subparsers):
+    parser = subparsers.add_parser(
+        "verify",
+        help="do two checkpoints hold the same model?",
+        description=VERIFY,
+        epilog="example:\n  sam-split verify sam_vit_b_01ec64.pth sam-split-vit-base",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("a", metavar="A")
+    parser.add_argument("b", metavar="B")
+    parser.add_argument(
+        "--tensors-only", action="store_true", help="do not run the models, which takes minutes for ViT-H"
+    )
+    parser.set_defaults(run=_run_verify)
+
+
+def _run_verify(args):
+    from .verification import table, verify
+
+    try:
+        rows = verify(args.a, args.b, outputs=not args.tensors_only)
+    except CheckFailed as error:
+        print(table(error.rows))
+        raise
+    print(table(rows))
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser with every subcommand; each sets `run`, a function of the parsed arguments."""
     parser = argparse.ArgumentParser(
@@ -52,6 +117,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_convert(subparsers)
+    _add_fuse(subparsers)
+    _add_verify(subparsers)
     return parser
 
 

@@ -73,34 +73,32 @@ def main_dtype(tensors: Tensors):
     return max(totals, key=totals.get)
 
 
-def write_split_files(folder: Path, config, checkpoint: Checkpoint, resized_from=None) -> None:
-    """All files of a complete SamSplit folder but the weights, which must be there already: the card reads them."""
+def write_code_and_card(folder: Path, checkpoint: Checkpoint, **card) -> None:
+    """The rest of a SamSplit folder: the two code files, LICENSE and README.md, written from what is there already."""
     import sam_split
     from hub_card.card import model_card
 
-    write_config(folder, config, "split")
     for name in CODE_FILES:
         shutil.copyfile(Path(sam_split.__file__).parent / name, folder / name)
-    write_processor(folder, checkpoint, config)
     (folder / "LICENSE").write_text(_license(), encoding="utf-8")
-    card = model_card(folder, source=checkpoint.source, revision=checkpoint.revision, resized_from=resized_from)
-    (folder / "README.md").write_text(card.content, encoding="utf-8")
+    content = model_card(folder, source=checkpoint.source, revision=checkpoint.revision, **card).content
+    (folder / "README.md").write_text(content, encoding="utf-8")
 
 
-def write_processor(folder: Path, checkpoint: Checkpoint, config) -> None:
+def write_processor(folder: Path, settings: dict | None, config) -> None:
     """preprocessor_config.json: the source's settings or SAM's, under the names that AutoProcessor looks for."""
-    settings = dict(checkpoint.processor or _sam_processor(config.vision_config))
-    settings |= {"image_processor_type": "SamImageProcessor", "processor_class": "SamProcessor"}
-    write_json(folder / "preprocessor_config.json", settings)
+    settings = settings or sam_processor(config.vision_config.image_size)
+    named = {"image_processor_type": "SamImageProcessor", "processor_class": "SamProcessor"}
+    write_json(folder / "preprocessor_config.json", {**settings, **named})
 
 
 def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _sam_processor(vision) -> dict:
+def sam_processor(image_size) -> dict:
     """The image processor of Meta's code: the longest side to the model's size, then zeros below and to the right."""
-    height, width = (vision.image_size,) * 2 if isinstance(vision.image_size, int) else vision.image_size
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     return {
         "do_convert_rgb": True,
         "do_normalize": True,

@@ -1,14 +1,20 @@
 """A model's sizes, read off the shapes of its tensors, and the check that config and tensors agree."""
 
+import inspect
 import re
+import warnings
 from collections.abc import Mapping
 
-from .errors import ConversionError, MissingKeyError, ShapeError, UnknownKeyError
+from .errors import ConversionError, ConversionWarning, MissingKeyError, ShapeError, UnknownKeyError
 from .key_map import layout_of, split_plan
 
 # Meta's code fixes what leaves no trace in the tensors.
 DECODER_HEADS = 8
 META_LAYER_NORM_EPS = {"vision_config": 1e-6, "prompt_encoder_config": 1e-6, "mask_decoder_config": 1e-5}
+
+DECODER_EPSILON = "mask_decoder_config.layer_norm_eps"
+# Training's, or spelt out by mlp_dim and by the windows of the layers.
+IDLE_FIELDS = ("initializer_range", "attention_dropout", "mlp_ratio", "window_size", "global_attn_indexes")
 
 
 def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict:
@@ -114,6 +120,54 @@ def check_shapes(config, shapes: Mapping[str, tuple[int, ...]]) -> None:
             raise MissingKeyError(f"{name!r} is not in the checkpoint, and the config asks for it")
         if tuple(shapes[name]) != shape:
             raise ShapeError(f"{name!r} has the shape {tuple(shapes[name])}, expected {shape} from the config")
+
+
+def check_stock_can_hold(config) -> None:
+    """Raise unless stock transformers has a model like this one."""
+    if not isinstance(config.vision_config.image_size, int):
+        raise ConversionError(
+            f"stock SamModel takes square images only, this model takes {config.vision_config.image_size}; "
+            "convert the source again without --image-size"
+        )
+
+
+def check_meta_can_hold(config, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise unless Meta's code builds this very model: a .pth has no config, so all must follow from the shapes."""
+    from sam_split import SamSplitConfig
+
+    for field, (given, taken) in differences(config, SamSplitConfig(**config_from_shapes(shapes))).items():
+        if field != DECODER_EPSILON:
+            raise ConversionError(f"a .pth cannot say that {field} is {given}; Meta's code would take {taken}")
+        warnings.warn(f"{epsilon_note(given, taken)}; the weights are the same bits", ConversionWarning, stacklevel=2)
+
+
+def epsilon_note(ours: float, theirs: float) -> str:
+    """What transformers' default in the mask decoder, where Meta's code has another, does to outputs."""
+    return f"{DECODER_EPSILON} is {ours:g}, and {theirs:g} in Meta's code: outputs differ by some 1e-5 of their size"
+
+
+def differences(ours, theirs) -> dict[str, tuple]:
+    """Field -> both values, for all fields of two configs that change what the model computes and are not equal."""
+    ours, theirs = _effective(ours), _effective(theirs)
+    return {field: (ours[field], theirs[field]) for field in ours if ours[field] != theirs[field]}
+
+
+def _effective(config) -> dict:
+    """The fields that inference depends on; window_size and global_attn_indexes become one window for each layer."""
+    parts = {part: getattr(config, part) for part in config.sub_configs}
+    fields = {
+        f"{name}.{field}": value
+        for name, part in parts.items()
+        for field, value in part.to_dict().items()
+        if field in inspect.signature(type(part).__init__).parameters and field not in IDLE_FIELDS
+    }
+    vision = config.vision_config
+    side = (
+        0 if vision.grid == (vision.window_size, vision.window_size) else vision.window_size
+    )  # one window is no window
+    layers = range(vision.num_hidden_layers)
+    fields["windows of the layers"] = [0 if layer in vision.global_attn_indexes else side for layer in layers]
+    return fields
 
 
 def _model_shapes(config) -> dict[str, tuple[int, ...]]:

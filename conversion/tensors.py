@@ -19,7 +19,7 @@ from .key_map import Origin
 # The floating-point types of released checkpoints, under safetensors' names.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-MAPPED_BYTES = 32 * 2**20  # read from one mapping of a pickle before it is let go and made anew
+MAPPED_BYTES = 32 * 2**20  # read from one mapping of a file before it is let go and made anew
 
 
 @dataclass(frozen=True)
@@ -60,34 +60,57 @@ class Tensors(Mapping):
         return sum(spec.nbytes for spec in self.specs.values())
 
 
-class SafetensorsFiles(Tensors):
+class _Files(Tensors):
+    """Tensors of files of one kind. A file is opened again now and then, which gives the pages read so far back."""
+
+    def __init__(self, paths: list[Path]):
+        self.specs, self._paths = {}, {}
+        self._opened, self._opened_path, self._read_bytes = None, None, 0
+        for path in paths:
+            for name, spec in self._specs_of(path).items():
+                if name in self.specs:
+                    raise ConversionError(f"{name!r} is both in {self._paths[name].name} and in {path.name}")
+                self.specs[name], self._paths[name] = spec, path
+
+    def __getitem__(self, name):
+        path = self._paths[name]
+        if path != self._opened_path or (self._read_bytes > MAPPED_BYTES and self._is_mapped(path)):
+            self._opened = None  # before the next file is opened
+            self._opened, self._opened_path, self._read_bytes = self._open(path), path, 0
+        self._read_bytes += self.specs[name].nbytes
+        return self._read(self._opened, name)
+
+
+class SafetensorsFiles(_Files):
     """All tensors of some safetensors files.
 
     Raises:
         ConversionError: if a file is truncated, or its header is not true to the file, or a name occurs twice.
     """
 
-    def __init__(self, paths: list[Path]):
-        self.specs, self._paths = {}, {}
-        for path in paths:
-            try:
-                with safe_open(path, framework="pt") as file:
-                    slices = {name: file.get_slice(name) for name in file.keys()}
-                    found = {name: (tuple(cut.get_shape()), cut.get_dtype()) for name, cut in slices.items()}
-            except SafetensorError as error:
-                raise ConversionError(f"{path} is not a whole safetensors file ({error}); fetch it again") from error
-            for name, (shape, dtype) in found.items():
-                if dtype not in DTYPES:
-                    raise ConversionError(f"{path}: {name!r} is {dtype}, expected one of {', '.join(DTYPES)}")
-                _add(self.specs, self._paths, name, Spec(shape, DTYPES[dtype]), path)
+    def _open(self, path):
+        try:
+            return safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise ConversionError(f"{path} is not a whole safetensors file ({error}); fetch it again") from error
 
-    def __getitem__(self, name):
-        # Opened anew for each tensor: the pages of the one before are given back with its mapping.
-        with safe_open(self._paths[name], framework="pt") as file:
-            return file.get_tensor(name)
+    def _specs_of(self, path):
+        file, specs = self._open(path), {}
+        for name in file.keys():
+            shape, dtype = tuple(file.get_slice(name).get_shape()), file.get_slice(name).get_dtype()
+            if dtype not in DTYPES:
+                raise ConversionError(f"{path}: {name!r} is {dtype}, expected one of {', '.join(DTYPES)}")
+            specs[name] = Spec(shape, DTYPES[dtype])
+        return specs
+
+    def _read(self, file, name):
+        return file.get_tensor(name)
+
+    def _is_mapped(self, path):
+        return True
 
 
-class PickleFiles(Tensors):
+class PickleFiles(_Files):
     """All tensors of some files written by torch.save. Nothing in them is executed.
 
     Files in the format from before torch 1.6 cannot be mapped: one at a time is held in memory.
@@ -96,20 +119,17 @@ class PickleFiles(Tensors):
         ConversionError: if a file is damaged, holds code, or holds anything but one state dict.
     """
 
-    def __init__(self, paths: list[Path]):
-        self.specs, self._paths = {}, {}
-        self._loaded, self._loaded_path, self._read_bytes = None, None, 0
-        for path in paths:
-            for name, tensor in _load_pickle(path).items():
-                _add(self.specs, self._paths, name, Spec(tuple(tensor.shape), tensor.dtype), path)
+    def _open(self, path):
+        return _load_pickle(path)
 
-    def __getitem__(self, name):
-        path = self._paths[name]
-        if path != self._loaded_path or (self._read_bytes > MAPPED_BYTES and _is_zip(path)):
-            self._loaded = None  # before the next file is opened
-            self._loaded, self._loaded_path, self._read_bytes = _load_pickle(path), path, 0
-        self._read_bytes += self.specs[name].nbytes
-        return self._loaded[name]
+    def _specs_of(self, path):
+        return {name: Spec(tuple(tensor.shape), tensor.dtype) for name, tensor in self._open(path).items()}
+
+    def _read(self, state_dict, name):
+        return state_dict[name]
+
+    def _is_mapped(self, path):
+        return _is_zip(path)
 
 
 class Renamed(Tensors):
@@ -118,14 +138,14 @@ class Renamed(Tensors):
     def __init__(self, base: Tensors, origins: Mapping[str, Origin]):
         self._base, self._origins = base, origins
         order = {name: number for number, name in enumerate(base.specs)}
-        self.specs = {}
+        self.specs, shapes = {}, base.shapes
         for name, origin in sorted(
             origins.items(), key=lambda item: order[item[1].sources[0]]
         ):  # as they lie in the file
             dtypes = {base.specs[source].dtype for source in origin.sources}
             if len(dtypes) > 1:
                 raise ConversionError(f"{', '.join(origin.sources)} must have one dtype to be fused, got {dtypes}")
-            self.specs[name] = Spec(origin.shape(base.shapes), dtypes.pop())
+            self.specs[name] = Spec(origin.shape(shapes), dtypes.pop())
 
     def __getitem__(self, name):
         return self._origins[name].read(self._base)
@@ -156,12 +176,6 @@ _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether no element is NaN or infinite; needs no memory beside the tensor."""
     return tensor.numel() == 0 or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))
-
-
-def _add(specs, paths, name, spec, path):
-    if name in specs:
-        raise ConversionError(f"{name!r} is both in {paths[name].name} and in {path.name}, expected it once")
-    specs[name], paths[name] = spec, path
 
 
 def _is_zip(path: Path) -> bool:

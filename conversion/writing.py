@@ -1,15 +1,19 @@
 """Weights to disk: safetensors, one tensor in memory at a time, read back and compared with where they came from."""
 
+import io
 import json
+import pickle
 import struct
 import warnings
+import zipfile
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from .errors import ConversionError, ConversionWarning
-from .tensors import DTYPES, SafetensorsFiles, Tensors, is_finite, same_bits
+from .tensors import DTYPES, PickleFiles, SafetensorsFiles, Tensors, is_finite, same_bits
 
 MAX_SHARD_BYTES = 5 * 10**9  # transformers' default
 
@@ -86,8 +90,71 @@ def _write_safetensors(path: Path, tensors: Tensors, names: list[str], advance: 
     with path.open("xb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for name in names:
-            tensor = tensors[name].contiguous()
-            if not is_finite(tensor):
-                warnings.warn(f"{name!r} holds NaN or infinity, kept as it is", ConversionWarning, stacklevel=2)
-            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-            advance(tensor.nbytes)
+            file.write(_bytes(tensors, name))
+            advance(tensors.specs[name].nbytes)
+
+
+def write_pth(path: Path, tensors: Tensors, advance: Callable[[int], None] = lambda nbytes: None) -> None:
+    """Write the state dict as torch.save does, but one tensor in memory at a time, and check every bit.
+
+    The file is a zip: a pickle that says which storage each tensor lies in, then one entry for each storage.
+    """
+    content = io.BytesIO()
+    _StateDictPickler(content, protocol=2).dump(
+        OrderedDict((name, _Stored(str(key), spec)) for key, (name, spec) in enumerate(tensors.specs.items()))
+    )
+    with zipfile.ZipFile(path, "x", allowZip64=True) as file:
+        file.writestr("archive/data.pkl", content.getvalue())
+        file.writestr("archive/byteorder", "little")
+        for key, name in enumerate(tensors.specs):
+            entry = zipfile.ZipInfo(f"archive/data/{key}")
+            entry.extra = _padding(file.fp.tell(), entry)
+            with file.open(entry, "w", force_zip64=True) as storage:
+                storage.write(_bytes(tensors, name))
+            advance(tensors.specs[name].nbytes)
+        file.writestr("archive/version", "3\n")
+    check_written(PickleFiles([path]), tensors, advance)
+
+
+def _padding(offset: int, entry: zipfile.ZipInfo) -> bytes:
+    """An extra field that puts the entry's data at a multiple of 64 bytes: it can be used where it is mapped."""
+    before = offset + 30 + len(entry.filename) + 20  # the entry's fixed header, its name, the field with 64-bit sizes
+    filler = -(before + 4) % 64
+    return struct.pack("<2sH", b"FB", filler) + b"\0" * filler
+
+
+class _Stored:
+    """Stands for a tensor in a pickle: its storage's key, and its shape and dtype."""
+
+    def __init__(self, key, spec):
+        self.key, self.spec = key, spec
+
+    def __reduce_ex__(self, protocol):
+        stride = torch.empty(self.spec.shape, device="meta").stride()
+        return torch._utils._rebuild_tensor_v2, (_Storage(self), 0, self.spec.shape, stride, False, OrderedDict())
+
+
+class _Storage:
+    def __init__(self, stored):
+        elements = stored.spec.nbytes // stored.spec.dtype.itemsize
+        self.id = ("storage", _STORAGE_TYPES[stored.spec.dtype], stored.key, "cpu", elements)
+
+
+class _StateDictPickler(pickle.Pickler):
+    def persistent_id(self, value):
+        return value.id if isinstance(value, _Storage) else None
+
+
+_STORAGE_TYPES = {
+    torch.float64: torch.DoubleStorage,
+    torch.float32: torch.FloatStorage,
+    torch.float16: torch.HalfStorage,
+    torch.bfloat16: torch.BFloat16Storage,
+}
+
+
+def _bytes(tensors: Tensors, name: str) -> memoryview:
+    tensor = tensors[name].contiguous()
+    if not is_finite(tensor):
+        warnings.warn(f"{name!r} holds NaN or infinity, kept as it is", ConversionWarning, stacklevel=2)
+    return tensor.reshape(-1).view(torch.uint8).numpy().data

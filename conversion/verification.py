@@ -1,0 +1,133 @@
+"""Whether two checkpoints, in any two formats, hold the same model: bit for bit, then by what they compute."""
+
+from dataclasses import dataclass
+
+import torch
+
+from .checkpoints import describe
+from .errors import CheckFailed
+from .geometry import DECODER_EPSILON, differences, epsilon_note
+from .sources import Checkpoint, open_checkpoint
+from .tensors import Tensors, same_bits
+
+# Of the largest output. The float32 noise floor is about 4e-7; another epsilon in the decoder shifts outputs by 1e-5.
+LIMIT, LIMIT_OTHER_EPSILON = 1e-5, 1e-4
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the report."""
+
+    compared: str
+    result: str
+    passed: bool
+
+
+def verify(a, b, *, outputs: bool = True) -> list[Row]:
+    """Compare two checkpoints, each a split folder, a transformers folder, a .pth or a Hub id.
+
+    Args:
+        a, b: the checkpoints.
+        outputs: whether to run both on a fixed image as well, in float32.
+
+    Returns:
+        The report. Outputs are computed with stock SamModel for a transformers folder, else with SamSplitModel.
+
+    Raises:
+        CheckFailed: at the first difference, with the rows so far as `rows`.
+        ConversionError: if one of them is no SAM checkpoint.
+    """
+    rows = []
+    checkpoints = open_checkpoint(a), open_checkpoint(b)
+    (config_a, ours), (config_b, theirs) = (describe(checkpoint) for checkpoint in checkpoints)
+    fields = differences(config_a, config_b)
+    epsilons = fields.pop(DECODER_EPSILON, None)
+    for field, (left, right) in fields.items():
+        _record(rows, Row(f"config: {field}", f"{left} and {right}", False))
+    note = epsilon_note(min(epsilons), max(epsilons)) if epsilons else "equal"
+    _record(rows, Row("configs", note, True))
+    _compare_tensors(rows, ours, theirs)
+    if outputs:
+        limit = LIMIT_OTHER_EPSILON if epsilons else LIMIT
+        _compare_outputs(
+            rows, *(_run(c, config) for c, config in zip(checkpoints, (config_a, config_b), strict=True)), limit
+        )
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    """The report, aligned."""
+    width = max(len(row.compared) for row in rows)
+    return "\n".join(f"{'ok  ' if row.passed else 'FAIL'}  {row.compared:<{width}}  {row.result}" for row in rows)
+
+
+def _record(rows: list[Row], row: Row) -> None:
+    rows.append(row)
+    if not row.passed:
+        error = CheckFailed(f"not the same model: {row.compared}: {row.result}")
+        error.rows = rows
+        raise error
+
+
+def _compare_tensors(rows, ours: Tensors, theirs: Tensors) -> None:
+    for name in sorted(ours.specs.keys() | theirs.specs.keys()):
+        specs = ours.specs.get(name), theirs.specs.get(name)
+        if specs[0] != specs[1]:
+            shown = [f"{spec.dtype} {spec.shape}" if spec else "absent" for spec in specs]
+            _record(rows, Row(name, f"{shown[0]} and {shown[1]}", False))
+        left, right = ours[name], theirs[name]
+        if not same_bits(left, right):
+            differing = left != right
+            gap = (left.double() - right.double()).abs().max().item()
+            _record(
+                rows, Row(name, f"{int(differing.sum())} of {left.numel()} values differ, by {gap:.3g} at most", False)
+            )
+    _record(rows, Row(f"{len(ours)} tensors", f"{ours.nbytes:,} bytes, every bit equal", True))
+
+
+def _compare_outputs(rows, ours: dict, theirs: dict, limit: float) -> None:
+    for name, left in ours.items():
+        right = theirs[name]
+        gap, size = (left - right).abs().max().item(), right.abs().max().item()
+        result = f"differ by {gap:.2e} at most, of {size:.2e}; the limit is {limit:g} of that"
+        _record(rows, Row(name, result, gap <= limit * size))  # NaN fails
+
+
+@torch.no_grad()
+def _run(checkpoint: Checkpoint, config) -> dict[str, torch.Tensor]:
+    """Image embedding, masks and scores for a fixed image and a point in its middle, in float32."""
+    model = _stock(checkpoint) if checkpoint.layout == "transformers" else _split(checkpoint, config)
+    height, width = config.vision_config.grid
+    patch = config.vision_config.patch_size
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randn(1, config.vision_config.num_channels, height, width, generator=generator)
+    pixels = torch.nn.functional.interpolate(
+        coarse, scale_factor=patch, mode="bicubic"
+    )  # (1, channels, pixels, pixels)
+    point = torch.tensor([[[[width * patch / 2, height * patch / 2]]]])
+    embeddings = model.get_image_embeddings(pixels)
+    outputs = model(image_embeddings=embeddings, input_points=point)
+    return {"image embedding": embeddings, "masks": outputs.pred_masks, "scores": outputs.iou_scores}
+
+
+def _split(checkpoint: Checkpoint, config):
+    from sam_split import SamSplitModel
+
+    return _filled(SamSplitModel(config), checkpoint.split_tensors())
+
+
+def _stock(checkpoint: Checkpoint):
+    from transformers import SamConfig, SamModel
+
+    fields = {name: value for name, value in checkpoint.config.items() if name.endswith("_config")}
+    return _filled(
+        SamModel(SamConfig(**fields)), checkpoint.tensors, "prompt_encoder.shared_embedding.positional_embedding"
+    )
+
+
+def _filled(model, tensors: Tensors, *twins: str):
+    """The model in float32 with these weights. `twins` hold the positional matrix once more."""
+    state = {name: tensors[name].float() for name in tensors}
+    state |= dict.fromkeys(twins, state["shared_image_embedding.positional_embedding"])
+    model.float().load_state_dict(state)
+    return model.eval()
