@@ -248,7 +248,7 @@ def _with_metadata(text: str, target: Path, readme: Path, base: Base | None) -> 
     """`text` with the metadata that the Hub needs to show and find the repository, where its author left them out."""
     try:
         card = ModelCard(text)
-    except ValueError as error:
+    except Exception as error:  # ValueError, or whatever the YAML parser raises
         raise PushRefused(f"{readme}: its metadata, between the two --- lines, does not parse: {error}") from None
     wanted = model_card(target, source=base.repo_id if base else None).data.to_dict()
     missing = {key: value for key, value in wanted.items() if card.data.get(key) is None}
