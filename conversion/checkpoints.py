@@ -7,6 +7,7 @@ from .errors import ConversionError
 from .folder import split_config, write_code_and_card, write_config, write_processor
 from .geometry import check_meta_can_hold, check_shapes, check_stock_can_hold, config_from_shapes
 from .key_map import KEY_MAP, STOCK_MAP, plan
+from .resize import resize
 from .sources import Checkpoint, open_checkpoint
 from .staging import check_new, new_file, new_folder
 from .tensors import Renamed, Tensors
@@ -34,7 +35,11 @@ def convert(source, out, *, revision: str | None = None, image_size=None, progre
     if checkpoint.layout == "split":
         raise ConversionError(f"{source} is split already; load it as it is, or turn it back with `sam-split fuse`")
     config, tensors = describe(checkpoint)
-    write_model(out, "split", tensors, config, checkpoint, progress=progress)
+    card = {}
+    if image_size not in (None, config.vision_config.image_size):
+        card["resized_from"] = config.vision_config.image_size
+        config, tensors = resize(checkpoint, config, tensors, image_size)
+    write_model(out, "split", tensors, config, checkpoint, progress=progress, **card)
 
 
 def fuse(source, out, *, format: str = "transformers", progress: bool = True) -> None:

@@ -5,6 +5,8 @@ import signal
 import sys
 import warnings
 
+from hub_card import push
+
 from .errors import CheckFailed, ConversionError, ConversionWarning
 
 CONVERT = """\
@@ -32,14 +34,21 @@ def _add_convert(subparsers):
     parser.add_argument("source", metavar="SOURCE")
     parser.add_argument("out", metavar="OUT")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    parser.add_argument(
+        "--image-size",
+        metavar="N|HxW",
+        help="resample the position tables for another input size in pixels, such as 512 or 768x1024",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.set_defaults(run=_run_convert)
 
 
 def _run_convert(args):
     from .checkpoints import convert
+    from .resize import parse_image_size
 
-    convert(args.source, args.out, revision=args.revision, progress=not args.quiet)
+    image_size = args.image_size and parse_image_size(args.image_size)
+    convert(args.source, args.out, revision=args.revision, image_size=image_size, progress=not args.quiet)
     print(f"wrote {args.out}; load it with AutoModel.from_pretrained({args.out!r}, trust_remote_code=True)")
 
 
@@ -119,6 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_convert(subparsers)
     _add_fuse(subparsers)
     _add_verify(subparsers)
+    push.add_parser(subparsers)
     return parser
 
 

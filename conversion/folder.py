@@ -86,8 +86,9 @@ def write_code_and_card(folder: Path, checkpoint: Checkpoint, **card) -> None:
 
 
 def write_processor(folder: Path, settings: dict | None, config) -> None:
-    """preprocessor_config.json: the source's settings or SAM's, under the names that AutoProcessor looks for."""
-    settings = settings or sam_processor(config.vision_config.image_size)
+    """preprocessor_config.json: the given settings or SAM's, under the names that AutoProcessor looks for."""
+    vision = config.vision_config
+    settings = settings or sized_processor(SAM_PROCESSOR, vision.image_size, vision.patch_size)
     named = {"image_processor_type": "SamImageProcessor", "processor_class": "SamProcessor"}
     write_json(folder / "preprocessor_config.json", {**settings, **named})
 
@@ -96,23 +97,34 @@ def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def sam_processor(image_size) -> dict:
-    """The image processor of Meta's code: the longest side to the model's size, then zeros below and to the right."""
+# The image processor of Meta's code, but for the sizes: bilinear, to [0, 1], then ImageNet's mean and deviation.
+SAM_PROCESSOR = {
+    "do_convert_rgb": True,
+    "do_normalize": True,
+    "do_pad": True,
+    "do_rescale": True,
+    "do_resize": True,
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+    "resample": 2,
+    "rescale_factor": 1 / 255,
+}
+
+
+def sized_processor(settings: dict, image_size: int | tuple[int, int], patch_size: int) -> dict:
+    """An image processor's settings for an input size: the longest side first, then zeros below and to the right.
+
+    A picture's longest side becomes the longest of `image_size`; SamProcessor refuses a picture whose other side
+    is too long then.
+    """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    rows, columns = 4 * height // patch_size, 4 * width // patch_size  # the mask decoder gives four pixels a token
     return {
-        "do_convert_rgb": True,
-        "do_normalize": True,
-        "do_pad": True,
-        "do_rescale": True,
-        "do_resize": True,
-        "image_mean": [0.485, 0.456, 0.406],
-        "image_std": [0.229, 0.224, 0.225],
-        "mask_pad_size": {"height": height // 4, "width": width // 4},
-        "mask_size": {"longest_edge": max(height, width) // 4},
-        "pad_size": {"height": height, "width": width},
-        "resample": 2,  # bilinear
-        "rescale_factor": 1 / 255,
+        **settings,
         "size": {"longest_edge": max(height, width)},
+        "pad_size": {"height": height, "width": width},
+        "mask_size": {"longest_edge": max(rows, columns)},
+        "mask_pad_size": {"height": rows, "width": columns},
     }
 
 
