@@ -37,6 +37,10 @@ BAND_SCORES = 2**20
 # Tokens that pass an MLP at once when no gradient is needed, so that its wide activations stay small and in cache.
 TOKENS_AT_ONCE = 1024
 
+# The label of pixels that count neither as object nor as background, torch's usual ignore_index. Not 255: a mask read
+# from a PNG would pass for void wherever there is an object.
+VOID_LABEL = -100
+
 # Prompts decoded at once. One needs about 30 MB in float32: a CPU is fastest on few, an accelerator on many.
 PROMPTS_AT_ONCE_CPU = 4
 PROMPTS_AT_ONCE_ACCELERATOR = 64
@@ -62,6 +66,7 @@ class SamSplitImageSegmentationOutput(ModelOutput):
     """What the model returns.
 
     Args:
+        loss: (), with `labels` only; see `segmentation_loss`.
         iou_scores: (B, P, M), the predicted IoU of each mask with the object.
         pred_masks: (B, P, M, 4 * H, 4 * W), logits: above 0 is inside. `SamProcessor.post_process_masks` scales them
             up.
@@ -71,6 +76,7 @@ class SamSplitImageSegmentationOutput(ModelOutput):
             are not attention weights; name and content are those of transformers' `SamModel`.
     """
 
+    loss: torch.FloatTensor | None = None
     iou_scores: torch.FloatTensor | None = None
     pred_masks: torch.FloatTensor | None = None
     vision_hidden_states: tuple[torch.FloatTensor, ...] | None = None
@@ -815,12 +821,23 @@ class SamSplitMaskDecoder(nn.Module):
         output_tokens = output_tokens.expand(*sparse_prompt_embeddings.shape[:2], -1, -1)
         return torch.cat([output_tokens, sparse_prompt_embeddings.to(output_tokens.dtype)], dim=2)
 
+    def _used(self, wanted):
+        """All mask tokens in training: DistributedDataParallel waits for a gradient of every head, be it zero."""
+        return range(self.num_mask_tokens) if self.training and torch.is_grad_enabled() else wanted
+
     def _masks(self, tokens, image, grid, wanted):
         """Logits (B, P, M, 4 * H, 4 * W) of the wanted mask tokens."""
         upscaled = self.activation(self.upscale_layer_norm(self.upscale_conv1(image)))  # (B, P, H * W, 4, C / 4)
         upscaled = self.activation(self.upscale_conv2(upscaled))  # (B, P, H * W, 4, 4, C / 8)
-        filters = [self.output_hypernetworks_mlps[index](tokens[:, :, 1 + index]) for index in wanted]
-        masks = torch.stack(filters, dim=2) @ upscaled.flatten(2, 4).transpose(-1, -2)  # (B, P, M, H * W * 4 * 4)
+        filters = {
+            index: self.output_hypernetworks_mlps[index](tokens[:, :, 1 + index]) for index in self._used(wanted)
+        }
+        if len(filters) > len(wanted):
+            unwanted = sum(output.sum() for index, output in filters.items() if index not in wanted)
+            filters[wanted[0]] = filters[wanted[0]] + 0 * unwanted
+        masks = torch.stack([filters[index] for index in wanted], dim=2) @ upscaled.flatten(2, 4).transpose(
+            -1, -2
+        )  # (B, P, M, H * W * 4 * 4)
         masks = masks.unflatten(-1, (*grid, 2, 2, 2, 2))  # rows, columns, then row and column twice over
         return masks.permute(0, 1, 2, 3, 5, 7, 4, 6, 8).flatten(6).flatten(3, 5)  # (B, P, M, 4 * H, 4 * W)
 
@@ -842,6 +859,53 @@ def _with_prompt_axis(similarity, batch, prompts):
     """A tensor that broadcasts to (B * P, heads, T, H * W) as one that broadcasts to (B, P, heads, T, H * W)."""
     similarity = similarity[(None,) * (4 - similarity.ndim)]
     return similarity[None] if similarity.shape[0] == 1 else similarity.unflatten(0, (batch, prompts))
+
+
+def segmentation_loss(masks, ious, labels):
+    """SAM's training loss: 20 * focal + dice of the best mask, and the squared error of all predicted IoUs.
+
+    Labels finer than the masks are averaged over each mask pixel, which leaves shares between 0 and 1 at an object's
+    edge; pixels with `VOID_LABEL` take no part. A prompt whose labels are void everywhere is padding and counts
+    nothing.
+
+    Args:
+        masks: (B, P, M, h, w), logits.
+        ious: (B, P, M), predicted.
+        labels: (B, P, h, w) or (B, P, n * h, n * w), 0, 1 or `VOID_LABEL`.
+
+    Returns:
+        (), in float32 at least: the mean over the prompts that are not padding, 0 if there is none.
+
+    Source: Segment Anything (arXiv 2304.02643), appendix A; focal loss with alpha 0.25 and gamma 2 and dice loss with
+    one pixel of smoothing as in DETR (arXiv 2005.12872), which it follows.
+    """
+    masks, ious = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (masks, ious))
+    valid = (labels != VOID_LABEL).to(masks.dtype)
+    size = masks.shape[-2:]
+    weight = F.adaptive_avg_pool2d(valid, size)  # (B, P, h, w), the share of each mask pixel that is not void
+    inside = F.adaptive_avg_pool2d(labels.to(masks.dtype) * valid, size)
+    target = (inside / weight.clamp(min=torch.finfo(weight.dtype).tiny))[:, :, None]  # (B, P, 1, h, w)
+    real = weight.flatten(2).sum(-1) > 0  # (B, P)
+    weight = weight[:, :, None]
+    pixels = weight.flatten(3).sum(-1).clamp(min=1)  # (B, P, 1)
+
+    probability = masks.sigmoid()
+    right = probability * target + (1 - probability) * (1 - target)
+    balance = 0.25 * target + 0.75 * (1 - target)
+    cross_entropy = F.binary_cross_entropy_with_logits(masks, target.expand_as(masks), reduction="none")
+    focal = (weight * balance * (1 - right) ** 2 * cross_entropy).flatten(3).sum(-1) / pixels  # (B, P, M)
+
+    both = (weight * probability * target).flatten(3).sum(-1)
+    either = (weight * (probability + target)).flatten(3).sum(-1)
+    dice = 1 - (2 * both + 1) / (either + 1)
+
+    with torch.no_grad():
+        predicted, wanted = (masks > 0).to(weight.dtype), (target > 0.5).to(weight.dtype)
+        union = (weight * torch.maximum(predicted, wanted)).flatten(3).sum(-1)
+        true_ious = (weight * predicted * wanted).flatten(3).sum(-1) / union.clamp(min=1)
+
+    per_prompt = (20 * focal + dice).amin(-1) + (ious - true_ious).square().mean(-1)  # (B, P)
+    return torch.where(real, per_prompt, 0).sum() / real.sum().clamp(min=1)
 
 
 class SamSplitPreTrainedModel(PreTrainedModel):
@@ -1036,6 +1100,7 @@ class SamSplitModel(SamSplitPreTrainedModel):
         multimask_output=True,
         attention_similarity=None,
         target_embedding=None,
+        labels=None,
         output_attentions=None,
         output_hidden_states=None,
         return_dict=None,
@@ -1056,6 +1121,9 @@ class SamSplitModel(SamSplitPreTrainedModel):
             attention_similarity: broadcast to (B * P, heads, T, H * W), added to the tokens' attention to the image
                 (PerSAM, arXiv 2305.03048).
             target_embedding: broadcast to (B, P, T, C), added to the tokens (PerSAM).
+            labels: (B, P, height, width) like `pixel_values`, or (B, P, 4 * H, 4 * W) like the masks: 1 inside the
+                object, 0 outside, -100 where neither counts. The output then has a `loss`, see `segmentation_loss`; a
+                prompt whose labels are -100 everywhere is padding.
             output_attentions: whether to return attention weights, with `attn_implementation="eager"` only, and what
                 the mask decoder's tokens add to the image.
             output_hidden_states: whether to return the image encoder's tokens before and after each layer.
@@ -1080,6 +1148,8 @@ class SamSplitModel(SamSplitPreTrainedModel):
 
         batch, device = image_embeddings.shape[0], image_embeddings.device
         sparse, dense = self._embed_prompts(input_points, input_labels, input_boxes, input_masks, batch, device)
+        if labels is not None:
+            self._check_labels(labels, batch, 1 if sparse is None else sparse.shape[1])
         masks, ious, added = self.mask_decoder(
             image_embeddings,
             self._image_positions(device),
@@ -1091,6 +1161,7 @@ class SamSplitModel(SamSplitPreTrainedModel):
             output_attentions,
         )
         output = SamSplitImageSegmentationOutput(
+            loss=None if labels is None else segmentation_loss(masks, ious, labels),
             iou_scores=ious,
             pred_masks=masks,
             vision_hidden_states=vision.hidden_states,
@@ -1152,6 +1223,19 @@ class SamSplitModel(SamSplitPreTrainedModel):
                 f"input_masks must have as many prompts as points and boxes, got {masks.shape[1]} and {prompts}"
             )
         return masks
+
+    def _check_labels(self, labels, batch, prompts):
+        """`labels` against the number of images and prompts, the two sizes they may have and their three values."""
+        vision = self.config.vision_config
+        rows, columns = self.prompt_encoder.grid
+        sizes = [(vision.patch_size * rows, vision.patch_size * columns), (4 * rows, 4 * columns)]
+        if labels.ndim != 4 or tuple(labels.shape[:2]) != (batch, prompts) or tuple(labels.shape[2:]) not in sizes:
+            allowed = " or ".join(str((batch, prompts, *size)) for size in sizes)
+            raise ValueError(f"labels must be (B, P, height, width) = {allowed}, got {tuple(labels.shape)}")
+        known = (labels == 0) | (labels == 1) | (labels == VOID_LABEL)
+        if not torch.compiler.is_compiling() and not known.all():
+            hint = "; divide a mask read from a PNG by 255" if (labels == 255).any() else ""
+            raise ValueError(f"labels must be 0, 1 or {VOID_LABEL} (void), got {labels[~known][0].item()}{hint}")
 
     def _check_image_embeddings(self, image_embeddings):
         expected = (self.config.vision_config.output_channels, *self.prompt_encoder.grid)
