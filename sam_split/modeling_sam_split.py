@@ -952,8 +952,8 @@ class SamSplitPreTrainedModel(PreTrainedModel):
         """Load a model as `PreTrainedModel.from_pretrained` does, and refuse a checkpoint that does not fill it.
 
         Raises:
-            ValueError: if the checkpoint is a fused one, lacks a tensor or has one of another shape (the latter unless
-                `ignore_mismatched_sizes=True`), or cannot be read; the message names the tensor and the cure.
+            ValueError: if the checkpoint is a fused one, lacks a tensor, has one too many or one of another shape (the
+                latter unless `ignore_mismatched_sizes=True`), or cannot be read; the message names tensor and cure.
         """
         with_info = kwargs.pop("output_loading_info", False)
         allow_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
@@ -968,16 +968,17 @@ class SamSplitPreTrainedModel(PreTrainedModel):
                 f"the weights in {str(pretrained_model_name_or_path)!r} cannot be read ({error}); the file is damaged "
                 "or cut short: download it again, or make it again with `sam-split convert SOURCE OUT`"
             ) from error
-        _check_loading(str(pretrained_model_name_or_path), info, allow_mismatch)
+        _check_loading(model, str(pretrained_model_name_or_path), info, allow_mismatch)
         return (model, info) if with_info else model
 
 
-def _check_loading(source, info, allow_mismatch):
-    """Raise ValueError unless every weight of a model came from its checkpoint.
+def _check_loading(model, source, info, allow_mismatch):
+    """Raise ValueError unless a checkpoint and a model hold the same tensors.
 
     Args:
-        source: what was loaded, for the message.
-        info: transformers' loading info: `missing_keys`, `unexpected_keys` and `mismatched_keys` (key, shape, shape).
+        model: what was filled.
+        source: what it was filled from, for the message.
+        info: transformers' loading info: `missing_keys`, `unexpected_keys` and `mismatched_keys`.
         allow_mismatch: whether tensors of another shape are accepted.
     """
     fused = sorted(key for key in info["unexpected_keys"] if ".attn.qkv." in key)
@@ -993,10 +994,19 @@ def _check_loading(source, info, allow_mismatch):
             "complete SamSplit model: make one with `sam-split convert SOURCE OUT`"
         )
     if info["mismatched_keys"] and not allow_mismatch:
-        key, given, expected = min(info["mismatched_keys"])
+        # transformers 5 lists (key, shape in the file, shape in the model), 4 the key alone.
+        first = min(entry if isinstance(entry, tuple) else (entry,) for entry in info["mismatched_keys"])
+        given = f" as {tuple(first[1])}" if len(first) > 1 else " in another shape"
+        expected = tuple(model.state_dict()[first[0]].shape)
         raise ValueError(
-            f"{source!r} holds {key!r} as {tuple(given)}, and its config expects {tuple(expected)}; make a folder in "
-            "which the two agree with `sam-split convert SOURCE OUT`"
+            f"{source!r} holds {first[0]!r}{given}, and its config expects {expected}; make a folder in which the two "
+            "agree with `sam-split convert SOURCE OUT`"
+        )
+    if info["unexpected_keys"]:
+        extra = sorted(info["unexpected_keys"])
+        raise ValueError(
+            f"{source!r} holds {len(extra)} tensors that its config has no place for, the first is {extra[0]!r}; make "
+            "a folder in which the two agree with `sam-split convert SOURCE OUT`"
         )
 
 
