@@ -320,7 +320,7 @@ def test_gradient_checkpointing(ours):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
 def test_half_precision(theirs, dtype, attn_implementation):
-    """Ours in half precision is as near to float32 as stock's is; roundings differ, so the bound is twice its error."""
+    """Ours in half precision is as near to float32 as stock is; roundings differ, so the bound is twice its error."""
     with torch.no_grad():
         exact = stock_forward(theirs, pixels(), **points(1, 0))
         half_stock = stock_model(attn_implementation=attn_implementation).to(dtype)
