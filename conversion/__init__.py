@@ -18,6 +18,10 @@ _PUBLIC = {
     "convert": "checkpoints",
     "fuse": "checkpoints",
     "verify": "verification",
+    "fuse_adapter": "adapters",
+    "split_adapter": "adapters",
+    "import_adapter": "adapters",
+    "merge": "merging",
 }
 
 __all__ = list(_PUBLIC)

@@ -4,7 +4,7 @@ import contextlib
 from pathlib import Path
 
 from .errors import ConversionError
-from .folder import split_config, write_code_and_card, write_config, write_processor
+from .folder import config_fields, split_config, write_code_and_card, write_json, write_processor
 from .geometry import check_meta_can_hold, check_shapes, check_stock_can_hold, config_from_shapes
 from .key_map import KEY_MAP, STOCK_MAP, plan
 from .resize import resize
@@ -96,7 +96,7 @@ def write_model(
         tensors = Renamed(tensors, plan(tensors, STOCK_MAP, inverse=True))
     with new_folder(out) as folder, progress_bar(2 * tensors.nbytes, progress) as advance:
         write_weights(folder, tensors, advance, MAX_SHARD_BYTES)
-        write_config(folder, config, format)
+        write_json(folder / "config.json", config_fields(config, format))
         write_processor(folder, checkpoint.processor, config)
         if format == "split":
             write_code_and_card(folder, checkpoint, **card)

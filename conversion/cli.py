@@ -117,6 +117,76 @@ def _run_verify(args):
     print(table(rows))
 
 
+ADAPTER = """\
+Carry LoRA and DoRA adapters between SamSplit's q, k, v and stock SamModel's fused qkv, and out of other tools' files.
+
+  fuse     a PEFT adapter of SamSplit's q, k and v (any of them) becomes one of stock's qkv, and needs no SamSplit
+  split    the reverse
+  import   a LoRA file of SAMed or Sam_LoRA (w_a_000, w_b_000, ...) becomes a PEFT adapter of SamSplit's q and v
+
+The adapted model computes the same on both sides; what cannot be carried over exactly is refused.
+"""
+
+
+def _add_adapter(subparsers):
+    parser = subparsers.add_parser(
+        "adapter",
+        help="carry LoRA and DoRA adapters between q, k, v and qkv",
+        description=ADAPTER,
+        epilog="example:\n  sam-split adapter fuse my-lora my-lora-for-stock --base facebook/sam-vit-base",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("action", choices=("fuse", "split", "import"))
+    parser.add_argument(
+        "adapter", metavar="ADAPTER", help="a PEFT folder or Hub id; for import a .pth or .safetensors file"
+    )
+    parser.add_argument("out", metavar="OUT", help="the folder to make")
+    parser.add_argument(
+        "--base", help="the model that OUT is for; needed by import, and by DoRA on some of q, k and v"
+    )
+    parser.set_defaults(run=_run_adapter)
+
+
+def _run_adapter(args):
+    from . import adapters
+
+    if args.action == "import" and args.base is None:
+        raise ConversionError("adapter import needs --base: the model that the file was trained on")
+    carry = {"fuse": adapters.fuse_adapter, "split": adapters.split_adapter, "import": adapters.import_adapter}
+    carry[args.action](args.adapter, args.out, base=args.base)
+    print(f"wrote {args.out}; load it with PeftModel.from_pretrained(model, {args.out!r})")
+
+
+MERGE = """\
+Add an adapter to its base once and for all, and write the result in the format that is deployed.
+
+BASE is a checkpoint in any format, ADAPTER a PEFT adapter of SamSplit's q, k, v or of stock's qkv.
+"""
+
+
+def _add_merge(subparsers):
+    parser = subparsers.add_parser(
+        "merge",
+        help="a base and its adapter to one model, in any format",
+        description=MERGE,
+        epilog="example:\n  sam-split merge sam-split-vit-base my-lora sam_vit_b_mine.pth --format meta",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("base", metavar="BASE")
+    parser.add_argument("adapter", metavar="ADAPTER")
+    parser.add_argument("out", metavar="OUT")
+    parser.add_argument("--format", choices=("split", "transformers", "meta"), default="split")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.set_defaults(run=_run_merge)
+
+
+def _run_merge(args):
+    from .merging import merge
+
+    merge(args.base, args.adapter, args.out, format=args.format, progress=not args.quiet)
+    print(f"wrote {args.out}")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser with every subcommand; each sets `run`, a function of the parsed arguments."""
     parser = argparse.ArgumentParser(
@@ -128,6 +198,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_convert(subparsers)
     _add_fuse(subparsers)
     _add_verify(subparsers)
+    _add_adapter(subparsers)
+    _add_merge(subparsers)
     push.add_parser(subparsers)
     return parser
 

@@ -31,8 +31,8 @@ def split_config(fields: dict, tensors: Tensors):
     return config
 
 
-def write_config(folder: Path, config, layout: str) -> None:
-    """config.json with the fields that make the model, for our class ("split") or for stock's ("transformers")."""
+def config_fields(config, layout: str) -> dict:
+    """The content of config.json: what makes the model, for our class ("split") or for stock's ("transformers")."""
     import transformers
 
     content = {
@@ -47,7 +47,7 @@ def write_config(folder: Path, config, layout: str) -> None:
         values = {name: getattr(getattr(config, part), name) for name in _field_names(config_class)}
         model_type = config_class.model_type if layout == "split" else config_class.model_type.replace("_split", "")
         content[part] = {**values, "model_type": model_type}
-    write_json(folder / "config.json", content)
+    return content
 
 
 def _parts() -> dict[str, type]:

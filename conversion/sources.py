@@ -70,22 +70,49 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
         ConversionError: if it is none of these, or damaged, or another model.
     """
     path = Path(source).expanduser()
-    if path.exists():
-        if revision is not None:
-            raise ConversionError(f"--revision is for Hub ids, and {source} is here on disk; leave it out")
-        return _open_folder(path, str(source)) if path.is_dir() else _open_file(path, str(source))
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", str(source)) or path.suffix in (
-        ".pth",
-        ".pt",
-        ".bin",
-    ):
+    if path.is_file():
+        _check_no_revision(source, revision)
+        return _open_file(path, str(source))
+    folder = fetch(source, revision, HUB_SAFETENSORS)
+    if folder != path and not any((folder / name).exists() for name in WEIGHT_FILES[:2]):
+        folder = fetch(source, revision, HUB_SAFETENSORS + HUB_BINS)
+    checkpoint = _open_folder(folder, str(source))
+    if folder != path and re.fullmatch(r"[0-9a-f]{40}", folder.name):
+        checkpoint.revision = folder.name
+    return checkpoint
+
+
+def fetch(source: str | Path, revision: str | None, patterns: list[str]) -> Path:
+    """The folder that `source` is, or the download of the files that match, if it is a Hub id.
+
+    Raises:
+        ConversionError: if it is neither.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    path = Path(source).expanduser()
+    if path.is_dir():
+        _check_no_revision(source, revision)
+        return path
+    is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", str(source))
+    if not is_id or path.exists() or path.suffix in (".pth", ".pt", ".bin", ".safetensors"):
         raise ConversionError(
             f"{source} does not exist; expected a folder, a .pth file or a Hub id such as facebook/sam-vit-base"
         )
-    folder = _download(str(source), revision)
-    checkpoint = _open_folder(folder, str(source))
-    checkpoint.revision = folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else None
-    return checkpoint
+    try:
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        at = f" at revision {revision!r}" if revision else ""
+        reason = " ".join(str(error).split())[:300]
+        raise ConversionError(
+            f"{str(source)!r} is not a path here and could not be fetched from the Hub{at}: {reason}"
+        ) from error
+
+
+def _check_no_revision(source, revision: str | None) -> None:
+    if revision is not None:
+        raise ConversionError(f"--revision is for Hub ids, and {source} is here on disk; leave it out")
 
 
 def read_json(path: Path) -> dict:
@@ -97,23 +124,6 @@ def read_json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise ConversionError(f"{path} holds a {type(content).__name__}, expected a JSON object")
     return content
-
-
-def _download(repo_id: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=HUB_SAFETENSORS))
-        if not any((folder / name).exists() for name in WEIGHT_FILES[:2]):
-            folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=HUB_SAFETENSORS + HUB_BINS))
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        at = f" at revision {revision!r}" if revision else ""
-        reason = " ".join(str(error).split())[:300]
-        raise ConversionError(
-            f"{repo_id!r} is not a path here and could not be fetched from the Hub{at}: {reason}"
-        ) from error
-    return folder
 
 
 def _open_folder(folder: Path, source: str) -> Checkpoint:

@@ -7,6 +7,7 @@ import torch
 from .checkpoints import describe
 from .errors import CheckFailed
 from .geometry import DECODER_EPSILON, differences, epsilon_note
+from .models import split_model, stock_model
 from .sources import Checkpoint, open_checkpoint
 from .tensors import Tensors, same_bits
 
@@ -96,7 +97,8 @@ def _compare_outputs(rows, ours: dict, theirs: dict, limit: float) -> None:
 @torch.no_grad()
 def _run(checkpoint: Checkpoint, config) -> dict[str, torch.Tensor]:
     """Image embedding, masks and scores for a fixed image and a point in its middle, in float32."""
-    model = _stock(checkpoint) if checkpoint.layout == "transformers" else _split(checkpoint, config)
+    build = stock_model if checkpoint.layout == "transformers" else split_model
+    model = build(config, checkpoint.split_tensors()).float()
     height, width = config.vision_config.grid
     patch = config.vision_config.patch_size
     generator = torch.Generator().manual_seed(0)
@@ -108,26 +110,3 @@ def _run(checkpoint: Checkpoint, config) -> dict[str, torch.Tensor]:
     embeddings = model.get_image_embeddings(pixels)
     outputs = model(image_embeddings=embeddings, input_points=point)
     return {"image embedding": embeddings, "masks": outputs.pred_masks, "scores": outputs.iou_scores}
-
-
-def _split(checkpoint: Checkpoint, config):
-    from sam_split import SamSplitModel
-
-    return _filled(SamSplitModel(config), checkpoint.split_tensors())
-
-
-def _stock(checkpoint: Checkpoint):
-    from transformers import SamConfig, SamModel
-
-    fields = {name: value for name, value in checkpoint.config.items() if name.endswith("_config")}
-    return _filled(
-        SamModel(SamConfig(**fields)), checkpoint.tensors, "prompt_encoder.shared_embedding.positional_embedding"
-    )
-
-
-def _filled(model, tensors: Tensors, *twins: str):
-    """The model in float32 with these weights. `twins` hold the positional matrix once more."""
-    state = {name: tensors[name].float() for name in tensors}
-    state |= dict.fromkeys(twins, state["shared_image_embedding.positional_embedding"])
-    model.float().load_state_dict(state)
-    return model.eval()

@@ -36,7 +36,7 @@ def write_weights(
     """
     shards = _shards(tensors, max_bytes)
     for name, members in shards.items():
-        _write_safetensors(folder / name, tensors, members, advance)
+        write_safetensors(folder / name, tensors, members, advance)
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": tensors.nbytes},
@@ -74,7 +74,9 @@ def _shards(tensors: Tensors, max_bytes: int) -> dict[str, list[str]]:
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, start=1)}
 
 
-def _write_safetensors(path: Path, tensors: Tensors, names: list[str], advance: Callable[[int], None]) -> None:
+def write_safetensors(
+    path: Path, tensors: Tensors, names: list[str], advance: Callable[[int], None] = lambda nbytes: None
+) -> None:
     """The format: the header's length in 8 bytes, a JSON header, then the tensors' bytes one after the other."""
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name in names:
