@@ -18,7 +18,7 @@ from string import Template
 from typing import Literal
 
 from huggingface_hub import ModelCard, ModelCardData
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 CODE_FILES = ("configuration_sam_split.py", "modeling_sam_split.py")
 
@@ -212,11 +212,18 @@ def modified_code(folder: str | Path) -> list[str]:
 
 
 def tensor_shapes(folder: str | Path, pattern: str = "model*.safetensors") -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor in the folder's weight files; only their headers are read."""
+    """Name -> shape of every tensor in the folder's weight files; only their headers are read.
+
+    Raises:
+        ValueError: if a file is cut short or is not safetensors.
+    """
     shapes = {}
     for path in sorted(Path(folder).glob(pattern)):
-        with safe_open(path, framework="numpy") as weights:
-            shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}
+        try:
+            with safe_open(path, framework="numpy") as weights:
+                shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}); write it again") from None
     return shapes
 
 

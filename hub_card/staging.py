@@ -132,7 +132,11 @@ def stage(
                 f"{' and '.join(modified)} in {folder} differ from the installed sam_split; "
                 "whoever loads the repository runs them. Pass --allow-modified-code if the change is meant"
             )
-    (target / "README.md").write_text(_published_card(folder, target, repo_id, base), encoding="utf-8", newline="\n")
+    try:
+        card = _published_card(folder, target, repo_id, base)
+    except ValueError as error:
+        raise PushRefused(str(error).replace(str(target), str(folder))) from None
+    (target / "README.md").write_text(card, encoding="utf-8", newline="\n")
     what = {**(ADAPTER_FILES if adapter else MODEL_FILES), "README.md": "model card", "LICENSE": "licence"}
     names = sorted({*paths, "README.md"})
     _refuse_tokens(target, names)

@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from dataclasses import dataclass, field
@@ -59,7 +60,10 @@ class Client:
         self.process.stdin.flush()
 
     def finish(self) -> Outcome:
+        watchdog = threading.Timer(300, self.process.kill)  # a hung client fails its test, not the whole run
+        watchdog.start()
         outcome = Outcome(**json.loads(self.process.stdout.readline()))
+        watchdog.cancel()
         self.transcript += outcome.text
         return outcome
 
