@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -34,7 +35,7 @@ from .configuration_sam_split import SamSplitConfig, SamSplitVisionConfig
 # Scores held at once by the banded attention: 4 MB in float32, which a core's caches keep.
 BAND_SCORES = 2**20
 
-# Tokens that pass an MLP at once when no gradient is needed, so that its wide activations stay small and in cache.
+# Tokens that pass an MLP of the image encoder at once, so that its wide activations stay small and in cache.
 TOKENS_AT_ONCE = 1024
 
 # The label of pixels that count neither as object nor as background, torch's usual ignore_index. Not 255: a mask read
@@ -99,13 +100,6 @@ class SamSplitMLPBlock(nn.Module):
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states):
-        """(..., C) to the same."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._transform(hidden_states)
-        parts = hidden_states.flatten(0, -2).split(TOKENS_AT_ONCE)
-        return torch.cat([self._transform(part) for part in parts]).view_as(hidden_states)
-
-    def _transform(self, hidden_states):
         return self.lin2(self.act(self.lin1(hidden_states)))
 
 
@@ -128,7 +122,10 @@ class SamSplitPatchEmbeddings(nn.Module):
                 f"{tuple(pixel_values.shape)}; SamProcessor resizes and pads to that, and "
                 "`sam-split convert --image-size` makes a model for another size"
             )
-        return self.projection(pixel_values.to(self.projection.weight.dtype)).permute(0, 2, 3, 1)  # (B, H, W, C)
+        hidden_states = self.projection(pixel_values.to(self.projection.weight.dtype)).permute(
+            0, 2, 3, 1
+        )  # (B, H, W, C)
+        return hidden_states.contiguous()  # every layer after it would inherit the strides
 
 
 def window_indices(grid, size, device):
@@ -326,10 +323,13 @@ class SamSplitVisionAttention(nn.Module):
             # biases and adapters they have, make of zero.
             tokens = F.pad(tokens, (0, 0, 0, 1))  # (B, H * W + 1, C)
 
-        q, k, v = self.q(tokens), self.k(tokens), self.v(tokens)
-        if self.window_size:
-            q, k, v = (x.index_select(1, to_windows).view(-1, self.window_size**2, channels) for x in (q, k, v))
-        q, k, v = (x.unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2) for x in (q, k, v))
+        def project(layer):
+            projected = layer(tokens)
+            if self.window_size:
+                projected = projected.index_select(1, to_windows).view(-1, self.window_size**2, channels)
+            return projected.unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)  # (B, heads, tokens, D)
+
+        q, k, v = project(self.q), project(self.k), project(self.v)
         context, weights = self._attend(q, k, v, attended_grid, output_attentions)
         context = context.transpose(1, 2).reshape(batch, -1, channels)  # (B, windows * S * S, C) or (B, H * W, C)
         if self.window_size:
@@ -368,7 +368,22 @@ class SamSplitVisionLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states, output_attentions=False):
         attended, weights = self.attn(self.layer_norm1(hidden_states), output_attentions)
         hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.layer_norm2(hidden_states)), weights
+        return hidden_states + self._mlp(self.layer_norm2(hidden_states)), weights
+
+    def _mlp(self, hidden_states):
+        """The MLP, some tokens at a time.
+
+        Its activations are four times as wide as the tokens, so backward computes them again instead of keeping them,
+        unless the whole layer is checkpointed or compiled.
+        """
+        if torch.compiler.is_compiling():
+            return self.mlp(hidden_states)
+        parts = hidden_states.flatten(0, -2).split(TOKENS_AT_ONCE)
+        if torch.is_grad_enabled() and not self.gradient_checkpointing:
+            parts = [checkpoint(self.mlp, part, use_reentrant=False) for part in parts]
+        else:
+            parts = [self.mlp(part) for part in parts]
+        return torch.cat(parts).view_as(hidden_states)
 
 
 class SamSplitVisionNeck(nn.Module):
@@ -737,6 +752,7 @@ class SamSplitMaskDecoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         hidden_size = config.hidden_size
+        self.num_attention_heads = config.num_attention_heads
         self.num_mask_tokens = config.num_multimask_outputs + 1
         self.iou_token = nn.Embedding(1, hidden_size)
         self.mask_tokens = nn.Embedding(self.num_mask_tokens, hidden_size)
@@ -789,8 +805,13 @@ class SamSplitMaskDecoder(nn.Module):
         image_positions = image_positional_embeddings.flatten(2).transpose(1, 2)[None].contiguous()  # (1, 1, H * W, C)
         projected = self.transformer.layers[0].project_image(image, image_positions)
         if attention_similarity is not None:
-            attention_similarity = _with_prompt_axis(attention_similarity, batch, prompts)
+            scores_shape = (batch * prompts, self.num_attention_heads, tokens.shape[2], image.shape[2])
+            _check_broadcasts("attention_similarity", attention_similarity, "(B * P, heads, T, H * W)", scores_shape)
+            attention_similarity = attention_similarity[(None,) * (4 - attention_similarity.ndim)]
+            per_prompt = (1, 1) if attention_similarity.shape[0] == 1 else (batch, prompts)
+            attention_similarity = attention_similarity.unflatten(0, per_prompt)
         if target_embedding is not None:
+            _check_broadcasts("target_embedding", target_embedding, "(B, P, T, C)", tuple(tokens.shape))
             target_embedding = target_embedding[(None,) * (4 - target_embedding.ndim)]
 
         wanted = range(1, self.num_mask_tokens) if multimask_output else range(1)
@@ -855,10 +876,11 @@ def _take(per_prompt, part):
     return per_prompt[:, part] if per_prompt is not None and per_prompt.shape[1] > 1 else per_prompt
 
 
-def _with_prompt_axis(similarity, batch, prompts):
-    """A tensor that broadcasts to (B * P, heads, T, H * W) as one that broadcasts to (B, P, heads, T, H * W)."""
-    similarity = similarity[(None,) * (4 - similarity.ndim)]
-    return similarity[None] if similarity.shape[0] == 1 else similarity.unflatten(0, (batch, prompts))
+def _check_broadcasts(name, tensor, letters, shape):
+    """Raise ValueError unless a tensor broadcasts to a shape, which `letters` spells."""
+    fits = tensor.ndim <= len(shape)
+    if not fits or any(given not in (1, side) for given, side in zip(tensor.shape[::-1], shape[::-1], strict=False)):
+        raise ValueError(f"{name} must broadcast to {letters} = {shape}, got {tuple(tensor.shape)}")
 
 
 def segmentation_loss(masks, ious, labels):
