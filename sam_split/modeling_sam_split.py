@@ -807,9 +807,7 @@ class SamSplitMaskDecoder(nn.Module):
         if attention_similarity is not None:
             scores_shape = (batch * prompts, self.num_attention_heads, tokens.shape[2], image.shape[2])
             _check_broadcasts("attention_similarity", attention_similarity, "(B * P, heads, T, H * W)", scores_shape)
-            attention_similarity = attention_similarity[(None,) * (4 - attention_similarity.ndim)]
-            per_prompt = (1, 1) if attention_similarity.shape[0] == 1 else (batch, prompts)
-            attention_similarity = attention_similarity.unflatten(0, per_prompt)
+            attention_similarity = _with_prompt_axis(attention_similarity, batch, prompts)
         if target_embedding is not None:
             _check_broadcasts("target_embedding", target_embedding, "(B, P, T, C)", tuple(tokens.shape))
             target_embedding = target_embedding[(None,) * (4 - target_embedding.ndim)]
@@ -874,6 +872,12 @@ def _parts(prompts, device):
 def _take(per_prompt, part):
     """The part's share of a (B, P, ...) tensor; all of one that the prompts share, (B, 1, ...), or of None."""
     return per_prompt[:, part] if per_prompt is not None and per_prompt.shape[1] > 1 else per_prompt
+
+
+def _with_prompt_axis(similarity, batch, prompts):
+    """A tensor that broadcasts to (B * P, heads, T, H * W) as one that broadcasts to (B, P, heads, T, H * W)."""
+    similarity = similarity[(None,) * (4 - similarity.ndim)]
+    return similarity[None] if similarity.shape[0] == 1 else similarity.unflatten(0, (batch, prompts))
 
 
 def _check_broadcasts(name, tensor, letters, shape):
