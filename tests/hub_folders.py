@@ -9,8 +9,12 @@ from transformers import SamImageProcessor, SamProcessor
 def save_split_model(folder, seed: int = 0):
     """What `save_pretrained` writes for a model and its processor: config, weights, both code files, no card."""
     ours = models.split_model(models.stock_model(seed=seed))
-    # High scores, so that the mask-generation pipeline keeps some masks.
+    # High scores and steep edges, so that the mask-generation pipeline keeps some masks.
     torch.nn.init.constant_(ours.mask_decoder.iou_prediction_head.proj_out.bias, 10.0)
+    with torch.no_grad():
+        for head in ours.mask_decoder.output_hypernetworks_mlps:
+            head.proj_out.weight.mul_(1000)
+            head.proj_out.bias.mul_(1000)
     ours.save_pretrained(folder)
     size = models.IMAGE_SIZE
     processor = SamImageProcessor(
