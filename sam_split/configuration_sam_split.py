@@ -87,25 +87,25 @@ class SamSplitVisionConfig(PretrainedConfig):
 
     def __init__(
         self,
-        hidden_size=768,
-        output_channels=256,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        num_channels=3,
-        image_size=1024,
-        patch_size=16,
-        hidden_act="gelu",
-        layer_norm_eps=1e-6,
-        attention_dropout=0.0,
-        initializer_range=0.02,
-        qkv_bias=True,
-        mlp_ratio=4.0,
-        use_abs_pos=True,
-        use_rel_pos=True,
-        window_size=14,
-        global_attn_indexes=(2, 5, 8, 11),
-        num_pos_feats=128,
-        mlp_dim=None,
+        hidden_size: int = 768,
+        output_channels: int = 256,
+        num_hidden_layers: int = 12,
+        num_attention_heads: int = 12,
+        num_channels: int = 3,
+        image_size: int | tuple[int, int] = 1024,
+        patch_size: int = 16,
+        hidden_act: str = "gelu",
+        layer_norm_eps: float = 1e-6,
+        attention_dropout: float = 0.0,
+        initializer_range: float = 0.02,
+        qkv_bias: bool = True,
+        mlp_ratio: float = 4.0,
+        use_abs_pos: bool = True,
+        use_rel_pos: bool = True,
+        window_size: int = 14,
+        global_attn_indexes: tuple[int, ...] = (2, 5, 8, 11),
+        num_pos_feats: int = 128,
+        mlp_dim: int | None = None,
         **kwargs,
     ):
         kwargs.pop("model_type", None)  # a stock config.json says "sam_vision_model"
@@ -143,7 +143,7 @@ class SamSplitVisionConfig(PretrainedConfig):
             raise ValueError(f"attention_dropout must be in [0, 1), got {attention_dropout!r}")
 
     @property
-    def grid(self):
+    def grid(self) -> tuple[int, int]:
         """(rows, columns) of the token grid."""
         return _grid(self.image_size, self.patch_size)
 
@@ -169,13 +169,13 @@ class SamSplitPromptEncoderConfig(PretrainedConfig):
 
     def __init__(
         self,
-        hidden_size=256,
-        image_size=1024,
-        patch_size=16,
-        mask_input_channels=16,
-        num_point_embeddings=4,
-        hidden_act="gelu",
-        layer_norm_eps=1e-6,
+        hidden_size: int = 256,
+        image_size: int | tuple[int, int] = 1024,
+        patch_size: int = 16,
+        mask_input_channels: int = 16,
+        num_point_embeddings: int = 4,
+        hidden_act: str = "gelu",
+        layer_norm_eps: float = 1e-6,
         **kwargs,
     ):
         kwargs.pop("model_type", None)
@@ -225,16 +225,16 @@ class SamSplitMaskDecoderConfig(PretrainedConfig):
 
     def __init__(
         self,
-        hidden_size=256,
-        hidden_act="relu",
-        mlp_dim=2048,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        attention_downsample_rate=2,
-        num_multimask_outputs=3,
-        iou_head_depth=3,
-        iou_head_hidden_dim=256,
-        layer_norm_eps=1e-6,
+        hidden_size: int = 256,
+        hidden_act: str = "relu",
+        mlp_dim: int = 2048,
+        num_hidden_layers: int = 2,
+        num_attention_heads: int = 8,
+        attention_downsample_rate: int = 2,
+        num_multimask_outputs: int = 3,
+        iou_head_depth: int = 3,
+        iou_head_hidden_dim: int = 256,
+        layer_norm_eps: float = 1e-6,
         **kwargs,
     ):
         kwargs.pop("model_type", None)
@@ -287,10 +287,10 @@ class SamSplitConfig(PretrainedConfig):
 
     def __init__(
         self,
-        vision_config=None,
-        prompt_encoder_config=None,
-        mask_decoder_config=None,
-        initializer_range=0.02,
+        vision_config: SamSplitVisionConfig | dict | None = None,
+        prompt_encoder_config: SamSplitPromptEncoderConfig | dict | None = None,
+        mask_decoder_config: SamSplitMaskDecoderConfig | dict | None = None,
+        initializer_range: float = 0.02,
         **kwargs,
     ):
         kwargs.pop("model_type", None)

@@ -128,7 +128,7 @@ class SamSplitPatchEmbeddings(nn.Module):
         return hidden_states.contiguous()  # every layer after it would inherit the strides
 
 
-def window_indices(grid, size, device):
+def window_indices(grid: tuple[int, int], size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Where each token goes when a grid is cut into windows, and where to find it afterwards.
 
     The last row and column of windows may reach beyond the grid; those places all point to one extra token, number H
@@ -156,7 +156,9 @@ def window_indices(grid, size, device):
     return to_windows, place[:rows, :columns].flatten()
 
 
-def relative_position_scores(query, rel_pos_h, rel_pos_w, grid):
+def relative_position_scores(
+    query: torch.Tensor, rel_pos_h: torch.Tensor, rel_pos_w: torch.Tensor, grid: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """How much each query likes each row and each column of keys, for how far away they lie.
 
     The score of a query-key pair is the sum of the two, so H + W numbers per query stand for H * W.
@@ -184,7 +186,15 @@ def relative_position_scores(query, rel_pos_h, rel_pos_w, grid):
     return rel_h.flatten(2, 3), rel_w.flatten(2, 3)
 
 
-def eager_attention(query, key, value, rel_h, rel_w, scale, dropout=0.0):
+def eager_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rel_h: torch.Tensor | None,
+    rel_w: torch.Tensor | None,
+    scale: float,
+    dropout: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention by its formula, with all scores in memory.
 
     Args:
@@ -203,7 +213,14 @@ def eager_attention(query, key, value, rel_h, rel_w, scale, dropout=0.0):
     return F.dropout(weights, dropout) @ value, weights
 
 
-def folded_attention(query, key, value, rel_h, rel_w, scale):
+def folded_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rel_h: torch.Tensor,
+    rel_w: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
     """The same attention through the fused kernels of `scaled_dot_product_attention`, which take no computed bias.
 
     The bias becomes part of the dot product: [q * scale | rel_h | rel_w] . [k | one-hot row | one-hot column]. Exact,
@@ -282,7 +299,14 @@ class BandedAttention(torch.autograd.Function):
         return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), grad_rel_h, grad_rel_w, None
 
 
-def sdpa_attention(query, key, value, rel_h, rel_w, scale):
+def sdpa_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rel_h: torch.Tensor | None,
+    rel_w: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
     """The same attention without ever holding all scores. Arguments and first result as in `eager_attention`."""
     if rel_h is None:
         return F.scaled_dot_product_attention(query, key, value, scale=scale)
@@ -887,7 +911,7 @@ def _check_broadcasts(name, tensor, letters, shape):
         raise ValueError(f"{name} must broadcast to {letters} = {shape}, got {tuple(tensor.shape)}")
 
 
-def segmentation_loss(masks, ious, labels):
+def segmentation_loss(masks: torch.Tensor, ious: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """SAM's training loss: 20 * focal + dice of the best mask, and the squared error of all predicted IoUs.
 
     Labels finer than the masks are averaged over each mask pixel, which leaves shares between 0 and 1 at an object's
@@ -1042,17 +1066,22 @@ class SamSplitVisionModel(SamSplitPreTrainedModel):
     config_class = SamSplitVisionConfig
     _keys_to_ignore_on_load_unexpected = [r"^(prompt_encoder|mask_decoder|shared_image_embedding)\."]  # noqa: RUF012
 
-    def __init__(self, config):
+    def __init__(self, config: SamSplitVisionConfig):
         super().__init__(config)
         self.vision_encoder = SamSplitVisionEncoder(config)
         self.post_init()
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> nn.Module:
         return self.vision_encoder.patch_embed
 
     def forward(
-        self, pixel_values, output_attentions=None, output_hidden_states=None, return_dict=None, **kwargs
-    ) -> SamSplitVisionEncoderOutput:
+        self,
+        pixel_values: torch.Tensor,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> SamSplitVisionEncoderOutput | tuple:
         """Encode images.
 
         Args:
@@ -1080,7 +1109,7 @@ class SamSplitModel(SamSplitPreTrainedModel):
         r"^prompt_encoder\.shared_embedding\.positional_embedding$"  # stock's second copy of the positional matrix
     ]
 
-    def __init__(self, config):
+    def __init__(self, config: SamSplitConfig):
         super().__init__(config)
         # The matrix is owned once and handed to the prompt encoder, so no two parameters are tied.
         self.shared_image_embedding = SamSplitPositionalEmbedding(config.vision_config.num_pos_feats)
@@ -1089,14 +1118,14 @@ class SamSplitModel(SamSplitPreTrainedModel):
         self.mask_decoder = SamSplitMaskDecoder(config.mask_decoder_config)
         self.post_init()
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> nn.Module:
         return self.vision_encoder.patch_embed
 
-    def get_image_wide_positional_embeddings(self):
+    def get_image_wide_positional_embeddings(self) -> torch.Tensor:
         """The positional embedding (1, C, H, W) of every place in the grid."""
         return self._image_positions(self.shared_image_embedding.positional_embedding.device)
 
-    def get_image_embeddings(self, pixel_values, **kwargs):
+    def get_image_embeddings(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
         """The image embedding (B, C, H, W), to be computed once and given to `forward` for many prompts.
 
         Gradients flow when they are enabled; wrap the call in `torch.no_grad()` for inference.
@@ -1110,7 +1139,13 @@ class SamSplitModel(SamSplitPreTrainedModel):
         """
         return self.vision_encoder(pixel_values).last_hidden_state
 
-    def get_prompt_embeddings(self, input_points=None, input_labels=None, input_boxes=None, input_masks=None):
+    def get_prompt_embeddings(
+        self,
+        input_points: torch.Tensor | None = None,
+        input_labels: torch.Tensor | None = None,
+        input_boxes: torch.Tensor | None = None,
+        input_masks: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
         """The embeddings of prompts, given as for `forward`.
 
         Returns:
@@ -1127,21 +1162,21 @@ class SamSplitModel(SamSplitPreTrainedModel):
 
     def forward(
         self,
-        pixel_values=None,
-        input_points=None,
-        input_labels=None,
-        input_boxes=None,
-        input_masks=None,
-        image_embeddings=None,
-        multimask_output=True,
-        attention_similarity=None,
-        target_embedding=None,
-        labels=None,
-        output_attentions=None,
-        output_hidden_states=None,
-        return_dict=None,
+        pixel_values: torch.Tensor | None = None,
+        input_points: torch.Tensor | None = None,
+        input_labels: torch.Tensor | None = None,
+        input_boxes: torch.Tensor | None = None,
+        input_masks: torch.Tensor | None = None,
+        image_embeddings: torch.Tensor | None = None,
+        multimask_output: bool = True,
+        attention_similarity: torch.Tensor | None = None,
+        target_embedding: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         **kwargs,
-    ) -> SamSplitImageSegmentationOutput:
+    ) -> SamSplitImageSegmentationOutput | tuple:
         """Segment what the prompts point at.
 
         Args:
