@@ -1,0 +1,209 @@
+"""What was pushed loads as users load it, in an interpreter that cannot import this package: same weights, same masks.
+
+One process per world (online, offline from the cache), because huggingface_hub reads its environment once and
+transformers keeps the code it has loaded.
+"""
+
+import json
+import re
+import subprocess
+import sys
+
+import models
+import numpy as np
+import pytest
+import torch
+from hub_client import Client
+from hub_folders import save_adapter, save_split_model
+from hub_server import TOKEN, HubServer
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+REPO, LORA = "alice/sam-split", "alice/sam-split-lora"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Two versions of a model with a tag on the first, and an adapter for the first; pushed by our own command."""
+    root = tmp_path_factory.mktemp("world")
+    click = {"pixel_values": models.pixels(), **models.points(1, 0)}
+    with HubServer() as hub, Client(hub, root) as client:
+
+        def push(*arguments):
+            outcome = client.run("push", *arguments)
+            assert outcome.code == 0, outcome.text
+            return re.search(r'revision="([0-9a-f]{40})"', outcome.out)[1]
+
+        shas, expected = {}, {}
+        with torch.no_grad():
+            for version, seed in (("v1", 0), ("v2", 1)):
+                ours = save_split_model(root / version, seed)
+                code = root / version / "modeling_sam_split.py"
+                code.write_text(code.read_text() + f"\nPUBLISHED = {version!r}\n")
+                shas[version] = push(root / version, REPO, "--allow-modified-code")
+                expected[version] = ours(**click)["pred_masks"]
+                if version == "v1":
+                    hub.repositories[REPO].tags["v1"] = shas["v1"]
+                    adapted = save_adapter(ours, root / "lora").eval()
+                    expected["lora"] = adapted(**click)["pred_masks"]
+                    shas["lora"] = push(root / "lora", LORA, "--base-model", REPO)
+        save_file({name: tensor.contiguous() for name, tensor in click.items()}, root / "inputs.safetensors")
+        picture = np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(root / "photo.jpg")
+        (root / "shas.json").write_text(json.dumps(shas))
+        hub.requests.clear()
+        yield hub, root, shas, expected
+
+
+HEAD = """
+import json, sys
+sys.modules["sam_split"] = sys.modules["conversion"] = sys.modules["hub_card"] = None
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForMaskGeneration, AutoProcessor
+shas, inputs, masks, seen = json.load(open("shas.json")), load_file("inputs.safetensors"), {}, {}
+repo, lora = "alice/sam-split", "alice/sam-split-lora"
+
+def record(name, model):
+    module = sys.modules[type(model).__module__]
+    seen[name] = [module.__name__, getattr(module, "PUBLISHED", None)]
+    with torch.no_grad():
+        masks[name] = model.eval()(**inputs)["pred_masks"].contiguous()
+    return model
+
+def load(name, auto=AutoModel, **options):
+    return record(name, auto.from_pretrained(repo, trust_remote_code=True, **options))
+"""
+
+ONLINE = """
+load("by id")
+load("for mask generation", AutoModelForMaskGeneration)
+load("by tag", revision="v1")
+load("by sha", revision=shas["v1"])
+load("new code on old weights", revision=shas["v1"], code_revision=shas["v2"])
+load("old code on new weights", code_revision="v1")
+from peft import PeftConfig, PeftModel
+adapter = PeftConfig.from_pretrained(lora)
+seen["base"] = [adapter.base_model_name_or_path, adapter.revision]
+base = AutoModel.from_pretrained(repo, revision=adapter.revision, trust_remote_code=True)
+adapted = PeftModel.from_pretrained(base, lora).eval()
+with torch.no_grad():
+    masks["adapted"] = adapted(**inputs)["pred_masks"].contiguous()
+    masks["merged"] = adapted.merge_and_unload()(**inputs)["pred_masks"].contiguous()
+"""
+
+PROCESSOR = """
+from PIL import Image
+from transformers import pipeline
+photo = Image.open("photo.jpg")
+processor = AutoProcessor.from_pretrained(repo)
+prompted = processor(photo, input_points=[[[40, 30]]], return_tensors="pt")
+seen["processor"] = [type(processor).__name__, list(prompted["pixel_values"].shape)]
+found = pipeline("mask-generation", model=repo, trust_remote_code=True)(photo, points_per_batch=64)
+seen["pipeline"] = len(found["masks"])
+"""
+
+OFFLINE = """
+load("by id")
+load("by tag", revision="v1")
+load("by sha", revision=shas["v1"])
+"""
+
+TAIL = """
+save_file(masks, sys.argv[1])
+print(json.dumps(seen))
+"""
+
+
+def interpreter(world, program, name, **variables):
+    hub, root, *_ = world
+    environment = {**hub.environment(root), **variables, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "-c", HEAD + program + TAIL, f"{name}.safetensors"]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert TOKEN not in done.stdout + done.stderr
+    assert not any("authorization" in seen.headers for seen in hub.requests if seen.server == "cdn")
+    return json.loads(done.stdout.splitlines()[-1]), load_file(root / f"{name}.safetensors")
+
+
+@pytest.fixture(scope="module")
+def online(world):
+    return interpreter(world, ONLINE + PROCESSOR, "online")
+
+
+WHICH = {  # way to load -> (weights, code)
+    "by id": ("v2", "v2"),
+    "for mask generation": ("v2", "v2"),
+    "by tag": ("v1", "v1"),
+    "by sha": ("v1", "v1"),
+    "new code on old weights": ("v1", "v2"),
+    "old code on new weights": ("v2", "v1"),
+}
+
+
+def assert_close(got, expected):
+    assert expected.abs().max() > 0.1, "the model computes something"
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("way", WHICH)
+def test_weights_and_code_are_those_asked_for(world, online, way):
+    _, _, shas, expected = world
+    seen, masks = online
+    weights, code = WHICH[way]
+    module, published = seen[way]
+    assert published == code
+    assert module.startswith("transformers_modules.")
+    assert shas[code] in module
+    assert_close(masks[way], expected[weights])
+
+
+def test_the_two_versions_differ(world):
+    *_, expected = world
+    assert (expected["v1"] - expected["v2"]).abs().max() > 0.1
+    assert (expected["v1"] - expected["lora"]).abs().max() > 0.1
+
+
+def test_the_adapter_on_the_base_that_it_names(world, online):
+    _, _, shas, expected = world
+    seen, masks = online
+    assert seen["base"] == [REPO, shas["v1"]], "the revision that was the head when the adapter was pushed"
+    assert_close(masks["adapted"], expected["lora"])
+    assert_close(masks["merged"], expected["lora"])
+
+
+def test_the_processor_and_the_pipeline(online):
+    seen, _ = online
+    assert seen["processor"] == ["SamProcessor", [1, 3, models.IMAGE_SIZE, models.IMAGE_SIZE]]
+    assert seen["pipeline"] > 0
+
+
+def test_offline_from_the_cache(world, online):
+    hub, *_, expected = world
+    hub.requests.clear()
+    seen, masks = interpreter(world, OFFLINE, "offline", HF_HUB_OFFLINE="1")
+    assert not hub.requests
+    for way in ("by id", "by tag", "by sha"):
+        weights, code = WHICH[way]
+        assert seen[way][1] == code
+        assert_close(masks[way], expected[weights])
+
+
+@pytest.mark.parametrize("repo", [REPO, LORA])
+def test_every_python_block_of_the_card_runs(world, repo):
+    """Against the pushed repository, one after the other, in one interpreter without the package."""
+    hub, root, _, _ = world
+    card = ModelCard(hub.files(repo)["README.md"].decode())
+    blocks = re.findall(r"```python\n(.*?)```", card.content, re.DOTALL)
+    assert len(blocks) == (4 if repo == REPO else 2)
+    guard = 'import sys\nsys.modules["sam_split"] = sys.modules["conversion"] = sys.modules["hub_card"] = None\n'
+    checks = "assert best.shape == (60, 80)\nassert every_mask\n" if repo == REPO else "assert merged\n"
+    environment = hub.environment(root)
+    program = guard + "\n".join(blocks) + checks
+    done = subprocess.run([sys.executable, "-c", program], env=environment, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    if repo == REPO:
+        promised = re.search(r"([\d,]+) trainable parameters", card.content)[1]
+        assert f"trainable params: {promised} " in done.stdout
+        assert re.search(r"names (\d+) vision linears", card.content)[1] == "4"
