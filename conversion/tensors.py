@@ -4,7 +4,9 @@
 reading a whole checkpoint never holds more than the tensor at hand and `MAPPED_BYTES` of file pages.
 """
 
+import ctypes
 import math
+import mmap
 import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from .key_map import Origin
 # The floating-point types of released checkpoints, under safetensors' names.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-MAPPED_BYTES = 32 * 2**20  # read from one mapping of a file before it is let go and made anew
+MAPPED_BYTES = 24 * 2**20  # read from one mapping of safetensors before it is let go and made anew
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,11 @@ class Tensors(Mapping):
 
 
 class _Files(Tensors):
-    """Tensors of files of one kind. A file is opened again now and then, which gives the pages read so far back."""
+    """Tensors of files of one kind, of which one at a time is open."""
 
     def __init__(self, paths: list[Path]):
         self.specs, self._paths = {}, {}
-        self._opened, self._opened_path, self._read_bytes = None, None, 0
+        self._opened, self._opened_path = None, None
         for path in paths:
             for name, spec in self._specs_of(path).items():
                 if name in self.specs:
@@ -73,12 +75,10 @@ class _Files(Tensors):
                 self.specs[name], self._paths[name] = spec, path
 
     def __getitem__(self, name):
-        path = self._paths[name]
-        if path != self._opened_path or (self._read_bytes > MAPPED_BYTES and self._is_mapped(path)):
+        if self._paths[name] != self._opened_path:
             self._opened = None  # before the next file is opened
-            self._opened, self._opened_path, self._read_bytes = self._open(path), path, 0
-        self._read_bytes += self.specs[name].nbytes
-        return self._read(self._opened, name)
+            self._opened, self._opened_path = self._open(self._paths[name]), self._paths[name]
+        return self._read(name)
 
 
 class SafetensorsFiles(_Files):
@@ -87,6 +87,8 @@ class SafetensorsFiles(_Files):
     Raises:
         ConversionError: if a file is truncated, or its header is not true to the file, or a name occurs twice.
     """
+
+    _read_bytes = 0
 
     def _open(self, path):
         try:
@@ -103,11 +105,11 @@ class SafetensorsFiles(_Files):
             specs[name] = Spec(shape, DTYPES[dtype])
         return specs
 
-    def _read(self, file, name):
-        return file.get_tensor(name)
-
-    def _is_mapped(self, path):
-        return True
+    def _read(self, name):
+        self._read_bytes += self.specs[name].nbytes
+        if self._read_bytes > MAPPED_BYTES:  # a new mapping gives the pages read so far back
+            self._opened, self._read_bytes = self._open(self._opened_path), 0
+        return self._opened.get_tensor(name)
 
 
 class PickleFiles(_Files):
@@ -119,17 +121,35 @@ class PickleFiles(_Files):
         ConversionError: if a file is damaged, holds code, or holds anything but one state dict.
     """
 
+    _last = None
+
     def _open(self, path):
         return _load_pickle(path)
 
     def _specs_of(self, path):
         return {name: Spec(tuple(tensor.shape), tensor.dtype) for name, tensor in self._open(path).items()}
 
-    def _read(self, state_dict, name):
-        return state_dict[name]
+    def _read(self, name):
+        tensor = self._opened[name]
+        if self._last is not None and self._last is not tensor and _is_zip(self._opened_path):
+            _give_back(self._last)  # loading the whole pickle anew would take longer than copying it
+        self._last = tensor
+        return tensor
 
-    def _is_mapped(self, path):
-        return _is_zip(path)
+
+def _give_back(tensor: torch.Tensor) -> None:
+    """Tell the system that the pages of a tensor in a mapped file are not needed; it reads them again if they are.
+
+    Only for torch.load(mmap=True): any other memory would be cleared. Where there is no madvise, pages stay until the
+    file is closed.
+    """
+    first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    last = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if _MADVISE is not None and first < last:
+        _MADVISE(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+
+
+_MADVISE = getattr(ctypes.CDLL(None), "madvise", None) if hasattr(mmap, "MADV_DONTNEED") else None
 
 
 class Renamed(Tensors):

@@ -1,0 +1,153 @@
+"""Peak memory and time of `convert` and `fuse` at ViT-H's size (2.5 GB), beside a plain copy of the file.
+
+    python -m benchmarks.conversion [--folder DIR] [--depth 32]
+
+Peak memory counts every resident page, mapped files included, above what the process held before: two of the largest
+tensors plus 100 MB are the limit. Time is compared with copying the checkpoint, flushing it to the disk and reading it
+back, on the same disk: 1.5 times that is the limit. DIR needs 10 GB.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from conversion.checkpoints import convert, fuse
+from conversion.folder import config_fields
+from conversion.geometry import _model_shapes
+from conversion.key_map import KEY_MAP, STOCK_MAP, plan
+from conversion.tensors import Renamed, Spec, Tensors
+from conversion.writing import write_pth, write_weights
+from hub_card.card import model_card  # noqa: F401  (imported before memory is measured)
+from sam_split import SamSplitConfig
+
+MEBIBYTE = 2**20
+READ_BYTES = 8 * MEBIBYTE
+
+
+class Drawn(Tensors):
+    """Random float32 weights of the given shapes, drawn each time they are read."""
+
+    def __init__(self, shapes):
+        self.specs = {name: Spec(shape, torch.float32) for name, shape in shapes.items()}
+
+    def __getitem__(self, name):
+        generator = torch.Generator().manual_seed(sum(name.encode()))
+        return torch.randn(self.specs[name].shape, generator=generator)
+
+
+def vit_h(depth: int) -> SamSplitConfig:
+    quarter = depth // 4
+    vision = {
+        "hidden_size": 1280,
+        "num_hidden_layers": depth,
+        "num_attention_heads": 16,
+        "global_attn_indexes": [quarter - 1, 2 * quarter - 1, 3 * quarter - 1, 4 * quarter - 1],
+    }
+    config = SamSplitConfig(vision_config=vision)
+    config.dtype = torch.float32
+    return config
+
+
+def write_sources(folder: Path, depth: int) -> None:
+    """The same model as one safetensors file, in shards, and as Meta's .pth."""
+    config = vit_h(depth)
+    split = Drawn(_model_shapes(config))
+    fused = Renamed(split, plan(split, STOCK_MAP, inverse=True))
+    for name, max_bytes in (("single", 5 * 10**9), ("sharded", 5 * 10**8)):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(config_fields(config, "transformers")))
+        write_weights(folder / name, fused, max_bytes=max_bytes)
+    write_pth(folder / "meta.pth", Renamed(split, plan(split, KEY_MAP, inverse=True)))
+
+
+def copy_and_read_back(source: Path, out: Path) -> None:
+    """What nobody can be faster than: the bytes to the disk, flushed, and all of them read again."""
+    paths = [source] if source.is_file() else sorted(source.iterdir())
+    for path in paths:
+        shutil.copyfile(path, f"{out}.{path.name}")
+    for path in paths:
+        with open(f"{out}.{path.name}", "rb") as file:
+            os.fsync(file.fileno())
+            while file.read(READ_BYTES):
+                pass
+        os.remove(f"{out}.{path.name}")
+
+
+def measured(work, *args, **options) -> tuple[float, int]:
+    """Seconds of work(*args, **options) in a process of its own, and bytes resident at its peak, less those before."""
+
+    def child(pipe):
+        torch.set_num_threads(1)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+        before, started = _status("VmRSS"), time.monotonic()
+        work(*args, **options)
+        pipe.send((time.monotonic() - started, _status("VmHWM") - before))
+
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=child, args=(theirs,))
+    process.start()
+    process.join()
+    if not ours.poll():
+        raise SystemExit("the measured process failed")
+    return ours.recv()
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, help="where to write; a temporary folder by default")
+    parser.add_argument("--repeat", type=int, default=1, help="runs of each, of which the fastest counts")
+    parser.add_argument("--depth", type=int, default=32, help="layers of the image encoder, 32 in ViT-H")
+    args = parser.parse_args()
+
+    largest = max(spec.nbytes for spec in Drawn(_model_shapes(vit_h(args.depth))).specs.values())
+    limit = 2 * largest + 100 * 10**6
+    failed = False
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        folder = Path(name)
+        write_sources(folder, args.depth)
+        jobs = [
+            ("convert, one safetensors file", "single", "split", convert, {}),
+            ("convert, shards", "sharded", "out", convert, {}),
+            ("convert, .pth", "meta.pth", "out", convert, {}),
+            ("fuse to transformers", "split", "out", fuse, {}),
+            ("fuse to .pth", "split", "out", fuse, {"format": "meta"}),
+        ]
+        print(f"{'':32} {'peak':>9} {'limit':>9} {'time':>7} {'copy':>7} {'ratio':>6}")
+        for title, source, out, job, options in jobs:
+            runs = []
+            for _ in range(args.repeat):
+                remove(folder / out)
+                copy = measured(copy_and_read_back, folder / source, folder / "copy")
+                runs.append((copy, measured(job, folder / source, folder / out, progress=False, **options)))
+            copied, seconds = (min(run[which][0] for run in runs) for which in (0, 1))
+            peak = max(run[1][1] for run in runs)
+            failed |= peak > limit or seconds > 1.5 * copied
+            print(
+                f"{title:32} {peak / 1e6:6.0f} MB {limit / 1e6:6.0f} MB {seconds:5.1f} s {copied:5.1f} s "
+                f"{seconds / copied:6.2f}",
+                flush=True,
+            )
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
