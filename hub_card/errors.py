@@ -1,7 +1,9 @@
 """What the push raises. Every message says what was given, what was expected and what to do."""
 
+from conversion.errors import ConversionError
 
-class PushRefused(ValueError):
+
+class PushRefused(ConversionError):
     """The folder, the repository id or the card is not fit to publish. The command line exits with 2."""
 
 

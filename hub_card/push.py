@@ -40,12 +40,6 @@ def add_parser(subparsers) -> None:
     )
     parser.add_argument("folder", metavar="FOLDER", help="written by `sam-split convert`, or by save_pretrained")
     parser.add_argument("repo_id", metavar="REPO_ID", help="name/repository; created if it does not exist")
-    add_push_options(parser)
-    parser.set_defaults(run=run)
-
-
-def add_push_options(parser) -> None:
-    """The options that `push` and `convert --push-to-hub` share."""
     parser.add_argument("--private", action="store_true", help="if the repository has to be created, make it private")
     parser.add_argument(
         "--branch", default="main", metavar="B", help="branch to push to; created if it does not exist"
@@ -62,23 +56,46 @@ def add_push_options(parser) -> None:
         "--base-model", metavar="REPO_ID", help="Hub id of the model an adapter or fine-tuned weights were made from"
     )
     parser.add_argument("--base-revision", metavar="SHA", help="commit of --base-model")
+    parser.set_defaults(run=run)
+
+
+def add_push_to_hub(parser) -> None:
+    """`--push-to-hub` and `--private`, for a command that writes `args.out`."""
+    parser.add_argument("--push-to-hub", metavar="REPO_ID", help="then publish OUT there, as `sam-split push` does")
+    parser.add_argument("--private", action="store_true", help="with --push-to-hub: make it private")
+
+
+def check_push_to_hub(args) -> None:
+    """Raises PushRefused for a repository id that cannot be one, before hours of work are spent on it."""
+    if args.push_to_hub is not None:
+        check_repo_id(args.push_to_hub)
+
+
+def run_push_to_hub(args) -> int:
+    """Publish `args.out` if `--push-to-hub` was given; the exit code."""
+    if args.push_to_hub is None:
+        return 0
+    return _publish(args.out, args.push_to_hub, private=args.private)
 
 
 def run(args) -> int:
     """`push` with parsed options; 0 when published or already there, 1 when the Hub failed, 2 for bad input."""
-    base = Base(args.base_model, args.base_revision) if args.base_model else None
+    return _publish(
+        args.folder,
+        args.repo_id,
+        private=args.private,
+        branch=args.branch,
+        create_pr=args.create_pr,
+        message=args.message,
+        dry_run=args.dry_run,
+        allow_modified_code=args.allow_modified_code,
+        base=Base(args.base_model, args.base_revision) if args.base_model else None,
+    )
+
+
+def _publish(folder, repo_id, **options) -> int:
     try:
-        push(
-            args.folder,
-            args.repo_id,
-            private=args.private,
-            branch=args.branch,
-            create_pr=args.create_pr,
-            message=args.message,
-            dry_run=args.dry_run,
-            allow_modified_code=args.allow_modified_code,
-            base=base,
-        )
+        push(folder, repo_id, **options)
     except (PushRefused, PushFailed) as error:
         print(f"sam-split: error: {redact(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, PushRefused) else 1

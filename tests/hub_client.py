@@ -72,11 +72,27 @@ class Client:
         return self.finish()
 
 
+def convert_and_push(args):
+    """The chain of `sam-split convert SOURCE OUT --push-to-hub REPO_ID`."""
+    from conversion import convert
+    from hub_card import push
+
+    push.check_push_to_hub(args)
+    convert(args.source, args.out)
+    return push.run_push_to_hub(args)
+
+
 def serve():
     from hub_card import push
 
     parser = argparse.ArgumentParser(prog="sam-split")
-    push.add_parser(parser.add_subparsers(required=True))
+    commands = parser.add_subparsers(required=True)
+    push.add_parser(commands)
+    convert = commands.add_parser("convert")
+    convert.add_argument("source")
+    convert.add_argument("out")
+    push.add_push_to_hub(convert)
+    convert.set_defaults(run=convert_and_push)
     answers, real_load, slept = sys.stdout, push.load_in_fresh_process, []
     time.sleep = slept.append
     for line in sys.stdin:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import hub_server
+import models
 import pytest
 import torch
 from hub_client import ROOT, Client
@@ -195,8 +196,7 @@ def test_a_dry_run_writes_nothing(hub, push, folder, exists):
         assert not hub.repositories
 
 
-@pytest.mark.parametrize("private", [True, False])
-def test_modified_code(hub, push, folder, private):
+def test_modified_code(hub, push, folder):
     with (folder / CODE[1]).open("a") as file:
         file.write("\n# changed\n")
     outcome = push(folder, REPO)
@@ -348,6 +348,35 @@ def test_an_adapter_whose_base_is_not_on_the_hub(hub, push, adapter):
     assert outcome.code == 2
     assert "alice/absent" in outcome.err
     assert not hub.repositories
+
+
+# After a conversion
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A stock SamModel folder."""
+    models.stock_model().save_pretrained(tmp_path / "sam-vit-tiny")
+    return tmp_path / "sam-vit-tiny"
+
+
+def test_convert_and_push(world, hub, source, tmp_path):
+    outcome = world[1].run("convert", source, tmp_path / "out", "--push-to-hub", REPO, "--private")
+    assert outcome.code == 0, outcome.text
+    assert hub.repositories[REPO].private
+    assert hub.files(REPO)["model.safetensors"] == (tmp_path / "out" / "model.safetensors").read_bytes()
+    card = hub.files(REPO)["README.md"].decode()
+    assert f'repo = "{REPO}"' in card
+    assert "your-name" not in card
+    assert "`sam-vit-tiny`" in card
+    assert str(tmp_path) not in card
+    assert {"LICENSE", "preprocessor_config.json"} <= hub.files(REPO).keys()
+
+
+def test_a_malformed_repository_id_is_refused_before_the_conversion(world, hub, source, tmp_path):
+    outcome = world[1].run("convert", source, tmp_path / "out", "--push-to-hub", "sam")
+    assert "PushRefused" in outcome.err
+    assert not (tmp_path / "out").exists()
 
 
 # The real command line, in a process of its own, watched from outside
