@@ -7,6 +7,7 @@ import warnings
 
 from hub_card import push
 
+from . import demo
 from .errors import CheckFailed, ConversionError, ConversionWarning
 
 CONVERT = """\
@@ -201,6 +202,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_adapter(subparsers)
     _add_merge(subparsers)
     push.add_parser(subparsers)
+    demo.add_parser(subparsers)
     return parser
 
 

@@ -1,0 +1,213 @@
+"""`sam-split demo`: what it prints is what it measured, its picture shows it, and bad input leaves nothing."""
+
+import contextlib
+import io
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+from models import stock_model, tiny_config
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoProcessor, SamModel
+
+from conversion import checkpoints, demo
+from conversion.cli import main
+from sam_split import SamSplitModel
+
+
+@pytest.fixture(scope="module")
+def stock_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo") / "tiny-sam"
+    stock_model().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def good(stock_folder, tmp_path_factory):
+    """The folder of a run without fault, and what it printed."""
+    out, printed = tmp_path_factory.mktemp("good") / "out", io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert main(["demo", "--source", str(stock_folder), "--out", str(out)]) == 0
+    return out, printed.getvalue()
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """Lines of the tables: first column -> the others."""
+    lines = [re.split(r"\s{2,}", line.strip()) for line in text.splitlines()]
+    return {line[0]: line[1:] for line in lines if len(line) > 1}
+
+
+def damage(monkeypatch, change):
+    """Have `change` alter the state dict of every converted folder."""
+
+    def convert(source, out, **kwargs):
+        checkpoints_convert(source, out, **kwargs)
+        state = load_file(out / "model.safetensors")
+        change(state)
+        save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+
+    checkpoints_convert = checkpoints.convert
+    monkeypatch.setattr(checkpoints, "convert", convert)
+
+
+def test_numbers_are_the_measured_ones(good, stock_folder):
+    out, printed = good
+    assert "FAIL" not in printed
+    assert "RANDOM" not in printed  # said of weights that the demo made itself
+    assert sorted(path.name for path in out.iterdir()) == ["demo.png", "split"]
+
+    ours, theirs = SamSplitModel.from_pretrained(out / "split"), SamModel.from_pretrained(stock_folder)
+    picture = demo._photograph()
+    pixels = AutoProcessor.from_pretrained(out / "split")(picture, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        expected = theirs.get_image_embeddings(pixels)
+        difference = (ours.get_image_embeddings(pixels) - expected).abs().max().item()
+    largest, gap, _, verdict = rows(printed)["image embedding"]
+    assert float(largest) == pytest.approx(expected.abs().max().item(), rel=1e-3)
+    assert float(gap) == pytest.approx(difference, rel=0.1, abs=1e-12)
+    assert verdict == "ok"
+
+    total = sum(parameter.numel() for parameter in ours.parameters())
+    # 2 layers, q and v, matrices A and B of rank 16 and width 32; DoRA adds a magnitude for each of 32 outputs.
+    trainable = {"no adapter": 0, "LoRA q, v": 4096, "LoRA q, k, v": 6144, "DoRA q, v": 4224, "DoRA q, k, v": 6336}
+    for adapter, count in trainable.items():
+        assert rows(printed)[adapter] == [f"{count:,}", "-", f"{total + count:,}", "-", "-"]
+    assert rows(printed)["LoRA on q and v"] == ["4 of 4 matrices B moved", "ok"]
+    assert rows(printed)["base weights"] == ["0 changed", "ok"]
+    before, after = map(float, re.findall(r"\d+\.\d+", rows(printed)["loss"][0]))
+    assert 0 < after < before
+
+
+def test_picture(good):
+    image = Image.open(good[0] / "demo.png").convert("RGB")
+    width, height = image.size
+    assert width > 1200
+    assert height > 500
+    assert 1.5 < width / height < 4
+    quarters = [image.crop((i * width // 4, 0, (i + 1) * width // 4, height)) for i in range(4)]
+    photograph, theirs, ours, _ = quarters
+    for panel in (photograph, theirs, ours):
+        colours = np.unique(np.asarray(panel.resize((64, 64))).reshape(-1, 3), axis=0)
+        assert len(colours) > 500  # a photograph, not a blank page
+
+
+def test_a_wrong_weight_is_seen(stock_folder, out, capsys, monkeypatch):
+    def swap(state):
+        for name in [name for name in state if ".attn.q." in name]:
+            other = name.replace(".attn.q.", ".attn.k.")
+            state[name], state[other] = state[other], state[name]
+
+    damage(monkeypatch, swap)
+    assert main(["demo", "--source", str(stock_folder), "--out", str(out)]) == 1
+    captured = capsys.readouterr()
+    assert rows(captured.out)["image embedding"][-1] == "FAIL"
+    assert "not as expected: image embedding, masks, point" in captured.err
+    assert (out / "demo.png").exists()
+
+
+def test_nan_is_seen(stock_folder, out, capsys, monkeypatch):
+    damage(monkeypatch, lambda state: state["mask_decoder.iou_prediction_head.proj_out.bias"].fill_(float("nan")))
+    assert main(["demo", "--source", str(stock_folder), "--out", str(out)]) == 1
+    printed = rows(capsys.readouterr().out)
+    assert [printed[f"IoU scores, {prompt}"][-1] for prompt in ("point", "box")] == ["FAIL", "FAIL"]
+    assert printed["image embedding"][-1] == "ok"
+
+
+def test_published_figures_are_compared(good, capsys, monkeypatch):
+    model = SamSplitModel.from_pretrained(good[0] / "split")
+    total = sum(parameter.numel() for parameter in model.parameters())
+    monkeypatch.setattr(demo, "BASE_PARAMETERS", total)
+    right = ("right", {"target_modules": ["q", "v"]}, 4096, total + 4096)
+    wrong = ("wrong", {"target_modules": ["q", "v"]}, 4097, total + 4096)
+    half = ("half", {"target_modules": ["q", "v"]}, 4096, None)
+    monkeypatch.setattr(demo, "PUBLISHED", (right, wrong, half))
+    assert demo.count_adapters(model) == ["wrong"]
+    printed = rows(capsys.readouterr().out)
+    assert [printed[name][-1] for name in ("no adapter", "right", "wrong", "half")] == ["ok", "ok", "FAIL", "ok"]
+    assert printed["wrong"] == ["4,096", "4,097", f"{total + 4096:,}", f"{total + 4096:,}", "FAIL"]
+
+
+def test_a_changed_base_weight_is_seen(good, capsys):
+    folder = good[0] / "split"
+    model = SamSplitModel.from_pretrained(folder)
+    with torch.no_grad():
+        model.vision_encoder.layers[0].attn.q.weight[0, 0] += 1e-3
+    failed = demo.train_one_step(model, AutoProcessor.from_pretrained(folder), demo._photograph(), folder)
+    assert failed == ["base weights"]
+    assert rows(capsys.readouterr().out)["base weights"] == ["1 changed", "FAIL"]
+
+
+def test_ellipse():
+    labels = demo.ellipse(torch.tensor([2.0, 1.0, 8.0, 5.0]), (6, 10))
+    assert labels.shape == (1, 1, 6, 10)
+    assert labels[0, 0].tolist() == [
+        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+        [0, 0, 0, 1, 1, 1, 1, 0, 0, 0],
+        [0, 0, 1, 1, 1, 1, 1, 1, 0, 0],
+        [0, 0, 1, 1, 1, 1, 1, 1, 0, 0],
+        [0, 0, 0, 1, 1, 1, 1, 0, 0, 0],
+        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+    ]
+
+
+def test_random_checkpoint_is_seeded_and_has_structure(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("transformers.SamConfig", tiny_config)
+    out = tmp_path / "out"
+    assert main(["demo", "--out", str(out)]) == 0
+    assert "RANDOM weights" in capsys.readouterr().out
+    assert sorted(path.name for path in out.iterdir()) == ["demo.png", "split", "stock"]
+    demo.random_checkpoint(tmp_path / "again")
+    first, second = (load_file(folder / "model.safetensors") for folder in (out / "stock", tmp_path / "again"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert all(tensor.std() > 0.01 for tensor in first.values() if tensor.numel() > 1)
+
+
+@pytest.mark.parametrize("case", ["exists", "missing", "file", "no parent", "not SAM"])
+def test_bad_input_leaves_nothing(case, stock_folder, tmp_path, capsys):
+    source, out = str(stock_folder), tmp_path / "out"
+    if case == "exists":
+        out.mkdir()
+        (out / "mine").write_text("precious")
+        message = "exists already"
+    elif case == "missing":
+        source, message = str(tmp_path / "nowhere"), "nowhere"
+    elif case == "file":
+        source, message = str(stock_folder / "model.safetensors"), "sam-split verify"
+    elif case == "no parent":
+        out, message = tmp_path / "no" / "out", "is not a folder"
+    else:
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "config.json").write_text('{"model_type": "bert"}')
+        source, message = str(tmp_path / "other"), "other"
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["demo", "--source", source, "--out", str(out)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("sam-split: error: ")
+    assert message in error
+    assert sorted(tmp_path.rglob("*")) == before
+    if case == "exists":
+        assert (out / "mine").read_text() == "precious"
+
+
+def test_without_the_extra(out, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["demo", "--out", str(out)]) == 2
+    assert 'pip install "sam-split[demo]"' in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["demo", "--help"])
+    printed = capsys.readouterr().out
+    for words in ("RANDOM", "--source facebook/sam-vit-base", "sam-split-demo", "memory"):
+        assert words in printed
