@@ -1,5 +1,6 @@
 """The test command. `nox` runs every session; `nox -s tests -- -k parity` one of them, with arguments for pytest."""
 
+import shutil
 from pathlib import Path
 
 import nox
@@ -41,7 +42,7 @@ def tests_oldest(session):
 @nox.session
 def across_versions(session):
     """What one version writes gives the same numbers with the other, both ways."""
-    folder = Path(session.create_tmp())
+    folder = _empty_folder(session)
     session.install("--upgrade", "--editable", ".[test]")
     oldest = folder / "oldest-venv"
     session.run("uv", "venv", "--clear", "--python", "python", str(oldest))
@@ -57,10 +58,17 @@ def across_versions(session):
 @nox.session
 def wheel(session):
     """The README's main job from an installed wheel, out of the checkout's sight."""
-    folder = Path(session.create_tmp())
+    folder = _empty_folder(session)
     session.run("uv", "build", "--wheel", "--clear", "--out-dir", str(folder / "dist"))
     (built,) = (folder / "dist").glob("*.whl")
     session.install("--reinstall-package", "sam-split", f"{built}[demo]")
     session.chdir(folder)
     session.run("sam-split", "--help")
     session.run("sam-split", "demo", "--out", str(folder / "demo"), env={"HF_HUB_OFFLINE": "1"})
+
+
+def _empty_folder(session) -> Path:
+    folder = Path(session.create_tmp())
+    shutil.rmtree(folder)
+    folder.mkdir()
+    return folder
