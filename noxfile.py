@@ -68,7 +68,7 @@ def wheel(session):
 
 
 def _empty_folder(session) -> Path:
-    folder = Path(session.create_tmp())
+    folder = Path(session.create_tmp()).resolve()
     shutil.rmtree(folder)
     folder.mkdir()
     return folder
