@@ -8,6 +8,7 @@ tensor equal to the folder's. Afterwards every file on the Hub is compared with 
 
 import argparse
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from huggingface_hub import HfApi, constants, get_token
 from .card import Base
 from .errors import PushFailed, PushRefused
 from .hub import Branch, Published, redact
-from .staging import Staged, adapter_base, check_repo_id, stage
+from .staging import Staged, StagedFile, adapter_base, check_repo_id, stage
 
 DESCRIPTION = """\
 Publish FOLDER (a split model, or a LoRA adapter) as NAME/REPOSITORY, in one commit or not at all.
@@ -153,15 +154,18 @@ def push(
 
         head = target.head()
         if dry_run:
-            _print_plan(target, staged, head)
+            _print_dry_run(target, staged, head)
             return None
         if head is None:
             target.check_card((staged.folder / "README.md").read_text(encoding="utf-8"))
             head = target.create(private)
         target.refuse_unfit(head, staged)
-        if not any(target.differences(head, staged)):
+        changes = target.differences(head, staged)
+        if not any(changes):
             published = Published(repo_id, head, f"{api.endpoint}/{repo_id}/commit/{head}", False)
         else:
+            print(f"In one commit on top of {head}:")
+            _print_changes(*changes)
             published = target.find_open_request(staged) if create_pr else None
             kind = "adapter" if staged.is_adapter else "model"
             published = published or target.publish(staged, head, message or f"Upload SamSplit {kind}", create_pr)
@@ -184,14 +188,18 @@ def load_in_fresh_process(staged: Staged, folder: str | Path) -> str:
             arguments += [staged.base.repo_id, staged.base.revision]
         else:
             environment["HF_HUB_OFFLINE"] = "1"
-            environment.pop("HF_TOKEN", None)  # the folder's own code has no business with it
+            environment["HF_HOME"] = scratch  # where a token may be stored; the folder's code has no business with it
+            for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH"):
+                environment.pop(name, None)
         done = subprocess.run(
             [sys.executable, str(script), *arguments], env=environment, cwd=scratch, capture_output=True, text=True
         )
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"the process ended with {done.returncode}"]
         raise PushRefused(f"{folder} does not load in a fresh process: {redact(lines[-1])}")
-    return done.stdout.strip().splitlines()[-1]
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    versions = f"transformers {found['transformers']}, torch {found['torch']}"
+    return f"It loads: {found['tensors']} tensors, each equal to the one in {folder} ({versions})."
 
 
 def _pinned(api: HfApi, base: Base) -> Base:
@@ -213,16 +221,20 @@ def _print_table(staged: Staged, target: Branch) -> None:
         print(f"Left out: {', '.join(staged.left_out)}")
 
 
-def _print_plan(target: Branch, staged: Staged, head: str | None) -> None:
+def _print_dry_run(target: Branch, staged: Staged, head: str | None) -> None:
     if head is None:
         print(f"Dry run: {target} does not exist yet; it would be created with these files.")
         return
     target.refuse_unfit(head, staged)
-    changed, stale = target.differences(head, staged)
-    if not changed and not stale:
+    changes = target.differences(head, staged)
+    if any(changes):
+        print(f"Dry run: in one commit on top of {head}, a push would")
+        _print_changes(*changes)
+    else:
         print(f"Dry run: {target} holds exactly these files already, at {head}.")
-        return
-    print(f"Dry run: on top of {head}, one commit would")
+
+
+def _print_changes(changed: list[StagedFile], stale: list[str]) -> None:
     for file in changed:
         print(f"  write  {file.path}")
     for path in stale:

@@ -40,7 +40,7 @@ class Client:
         environment = {**hub.environment(home), **variables}
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         command = [sys.executable, __file__]
-        self.transcript = ""
+        self.transcript, self.home = "", Path(home)
         self.process = subprocess.Popen(
             command, env=environment, cwd=home, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -66,6 +66,11 @@ class Client:
         watchdog.cancel()
         self.transcript += outcome.text
         return outcome
+
+    def left_behind(self, token: str) -> list[Path]:
+        """Files under the client's home, logs and caches included, that hold the token."""
+        paths = [path for path in self.home.rglob("*") if path.is_file()]
+        return [path for path in paths if token.encode() in path.read_bytes()]
 
     def run(self, *arguments, load=False) -> Outcome:
         self.start(*arguments, load=load)

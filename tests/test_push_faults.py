@@ -34,6 +34,7 @@ def world(tmp_path_factory):
     with HubServer() as hub, Client(hub, tmp_path_factory.mktemp("home")) as client:
         yield hub, client
         assert TOKEN not in client.transcript
+        assert not client.left_behind(TOKEN)
 
 
 @pytest.fixture(scope="module")
