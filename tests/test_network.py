@@ -17,7 +17,9 @@ from conversion import convert
 pytestmark = pytest.mark.network
 
 CHECKPOINT = "facebook/sam-vit-base"
-CAR = "https://huggingface.co/datasets/huggingface/documentation-images/resolve/main/transformers/model_doc/sam-car.png"
+CAR = (
+    "https://huggingface.co/datasets/huggingface/documentation-images/resolve/main/transformers/model_doc/sam-car.png"
+)
 
 # Prompt, in pixels of the picture, and the predicted IoU of its last mask.
 # Source: tests/models/sam/test_modeling_sam.py of huggingface/transformers.
