@@ -11,7 +11,7 @@ from .errors import CheckFailed, ConversionError
 from .staging import new_folder
 
 DEMO = """\
-The main job, end to end, on a photograph that scikit-image ships. Two minutes on two cores, 6 GB of memory.
+The main job, end to end, on a photograph that scikit-image ships. A few minutes on two cores, 5 GB of memory.
 
   1  take a checkpoint with fused qkv layers
   2  convert it, as `sam-split convert` does
