@@ -1,0 +1,1 @@
+"""Speed and memory of SamSplit beside its peers, measured in one run: `python -m benchmarks --help`."""

@@ -1,0 +1,163 @@
+"""`python -m benchmarks`: run the cases, write the figures down after each round, and report them."""
+
+import argparse
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+from . import report
+from .cases import MODELS, REFERENCE, Case, cases
+from .results import Results, UnlikeError
+from .rounds import Setting, gemm_peak, machine, model_code, run_case
+
+DESCRIPTION = """\
+Measure SamSplit beside stock transformers (eager, sdpa), Meta's segment-anything, timm's samvit and stock with LoRA on
+its fused qkv: image encoder, LoRA step, mask decoder, loading, converting. Weights are random; nothing is downloaded.
+
+Each peer has a process of its own. Peers take turns, ours, theirs, ours, theirs, so that a machine's other work hits
+all of them alike; each ratio is taken within a round, and the report gives its median, minimum and maximum.
+  on a CPU   time is process CPU seconds on one thread; memory is the resident high-water mark (VmHWM, Linux).
+  on a GPU   time is between CUDA events; memory is torch's max_memory_allocated.
+"""
+
+EPILOG = """\
+examples:
+  python -m benchmarks                       everything in float32 on the CPU; about half an hour
+  python -m benchmarks --only encoder        the image encoder only
+  python -m benchmarks --dtype bfloat16 --rounds 1
+  python -m benchmarks --device cuda         float32 and bfloat16, batch 1 and 8, SDPA's kernels named
+  python -m benchmarks --device cuda --compile --only 'encoder|lora'
+  python -m benchmarks --model vit_h --only encoder
+  python -m benchmarks --quick               a tiny model, to see that all of this works; its figures mean nothing
+  python -m benchmarks.conversion            converting at ViT-H's size, beside a plain copy of the file
+  python -m benchmarks --report              write the report again from the figures on disk
+
+A stopped run goes on where it was: cases that are done are not measured again. Figures of another machine, another
+torch or another modeling file are never mixed: --fresh drops them, --out keeps them apart.
+"""
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    here = Path(__file__).parent
+    parser.add_argument("--only", metavar="REGEX", default="", help="cases whose name matches; --list shows the names")
+    parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", type=listed("float32", "bfloat16"), help="default: float32; on a GPU both")
+    parser.add_argument("--batch", type=numbers, help="images at once, such as 1,8; default: 1; on a GPU 1,8")
+    models = listed(*(model for model in MODELS if model != "tiny"))
+    parser.add_argument(
+        "--model", type=models, default=["vit_b"], help="vit_b, vit_l, vit_h or several; default: vit_b"
+    )
+    parser.add_argument("--rounds", type=positive, default=3, help="timed rounds of each case; default: 3")
+    parser.add_argument("--threads", type=positive, default=1, help="on a CPU; with more than one, time is wall-clock")
+    parser.add_argument("--compile", action="store_true", help="ours and stock sdpa under torch.compile as well")
+    parser.add_argument(
+        "--profile", action="store_true", help="also where the time of ours and of stock sdpa goes (a GPU: always)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=here / "results", help="folder of the report; default: %(default)s"
+    )
+    parser.add_argument("--fresh", action="store_true", help="drop the figures that are there")
+    parser.add_argument("--quick", action="store_true", help="a tiny model; the report is called quick")
+    parser.add_argument("--report", action="store_true", help="measure nothing, write the report again")
+    arguments = parser.parse_args(argv)
+    on_gpu = arguments.device == "cuda"
+    arguments.dtype = arguments.dtype or ["float32", "bfloat16"][: 1 + on_gpu]
+    arguments.batch = arguments.batch or [1, 8][: 1 + on_gpu]
+    if arguments.quick:
+        arguments.model = ["tiny"]
+    try:
+        arguments.only = re.compile(arguments.only)
+    except re.error as error:
+        parser.error(f"--only {arguments.only!r} is no regular expression: {error}")
+    return arguments
+
+
+def listed(*allowed: str):
+    """A parser of names parted by commas."""
+
+    def names(text: str) -> list[str]:
+        given = text.split(",")
+        for name in given:
+            if name not in allowed:
+                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(allowed)}")
+        return given
+
+    return names
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+    return int(text)
+
+
+def numbers(text: str) -> list[int]:
+    return [positive(part) for part in text.split(",")]
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse(argv)
+    chosen = cases(arguments.model, arguments.dtype, arguments.batch, arguments.compile)
+    chosen = [case for case in chosen if arguments.only.search(case.name)]
+    if arguments.list:
+        print("\n".join(case.name for case in chosen))
+        return 0
+    if not chosen:
+        return fail(f"--only {arguments.only.pattern!r} matches no case; --list without it shows all names")
+    name = f"quick-{arguments.device}" if arguments.quick else arguments.device
+    try:
+        if arguments.report:
+            results = Results.read(arguments.out / f"{name}.json")
+        else:
+            setting = Setting(
+                device=arguments.device,
+                threads=arguments.threads,
+                rounds=arguments.rounds,
+                profile=arguments.profile or arguments.device == "cuda",
+                scale=0.02 if arguments.quick else 1.0,
+            )
+            results = Results.open(arguments.out / f"{name}.json", machine(setting), arguments.fresh)
+            measure(chosen, setting, results)
+    except (UnlikeError, FileNotFoundError, RuntimeError) as error:
+        return fail(str(error))
+    written = report.write(results, arguments.out, name)
+    print("\n".join(str(path) for path in written))
+    return 0
+
+
+def measure(chosen: list[Case], setting: Setting, results: Results):
+    """All cases that are not there yet; the figures so far are on disk whenever this stops."""
+    for dtype in dict.fromkeys(case.dtype for case in chosen):
+        if dtype not in results.gemm_peak:
+            results.gemm_peak[dtype] = gemm_peak(setting, dtype)
+            results.save()
+    for index, case in enumerate(chosen, 1):
+        if model_code() != results.machine["sam_split"]:
+            raise UnlikeError("the modeling file was changed during the run; run again with --fresh")
+        rounds = 1 if case.memory_only else setting.rounds
+        if results.has(case, rounds):
+            print(f"[{index}/{len(chosen)}] {case.name}: there already", flush=True)
+            continue
+        print(f"[{index}/{len(chosen)}] {case.title}", flush=True)
+        with tempfile.TemporaryDirectory(prefix="sam-split-benchmarks-") as folder:
+            run_case(case, setting, rounds, folder, results)
+        ours, reference = (results.median(case.name, peer, "seconds") for peer in (case.peers[0], REFERENCE))
+        if ours and reference:
+            print(f"    {reference / ours:.2f} x as fast as transformers' sdpa", flush=True)
+
+
+def fail(message: str) -> int:
+    print(f"benchmarks: error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,189 @@
+"""What is measured: the models, the cases, the peers of each and the targets. No torch here: this is read first."""
+
+import re
+from dataclasses import dataclass
+
+# Fields of transformers' SamVisionConfig. The last one checks the benchmarks themselves, see --quick.
+MODELS = {
+    "vit_b": {
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "global_attn_indexes": [2, 5, 8, 11],
+    },
+    "vit_l": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "global_attn_indexes": [5, 11, 17, 23],
+    },
+    "vit_h": {
+        "hidden_size": 1280,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+        "global_attn_indexes": [7, 15, 23, 31],
+    },
+    "tiny": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "global_attn_indexes": [1],
+    },
+}
+
+TITLES = {
+    "ours": "**SamSplit**",
+    "ours_checkpointed": "**SamSplit, checkpointed**",
+    "ours_compiled": "**SamSplit, torch.compile**",
+    "stock_sdpa": "transformers, sdpa",
+    "stock_sdpa_checkpointed": "transformers, sdpa, checkpointed",
+    "stock_sdpa_compiled": "transformers, sdpa, torch.compile",
+    "stock_eager": "transformers, eager",
+    "meta": "segment-anything (Meta)",
+    "timm": "timm samvit",
+    "from_transformers": "from a transformers folder",
+    "from_meta": "from Meta's .pth",
+}
+
+# Every ratio is a peer's figure beside this one's.
+REFERENCE = "stock_sdpa"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to measure, the same for all its peers.
+
+    Args:
+        name: what `--only` is matched against; unique in a run.
+        task: a method of `benchmarks.tasks.Tasks`.
+        title: for the report.
+        peers: keys of `TITLES`, in the order in which they take turns.
+        model: a key of `MODELS`.
+        dtype: "float32" or "bfloat16".
+        size: side of the square image in pixels.
+        batch: images.
+        prompts: prompts per image.
+        memory_only: one round is enough, since memory does not scatter.
+    """
+
+    name: str
+    task: str
+    title: str
+    peers: tuple[str, ...]
+    model: str
+    dtype: str
+    size: int = 1024
+    batch: int = 1
+    prompts: int = 1
+    memory_only: bool = False
+
+
+def cases(models: list[str], dtypes: list[str], batches: list[int], compiled: bool = False) -> list[Case]:
+    """All cases, the shortest first, so that a stopped run has the most to show."""
+    found = []
+    for model in models:
+        for dtype in dtypes:
+            for batch in batches:
+                found += _cases(model, dtype, batch, first=batch == batches[0], compiled=compiled)
+    return found
+
+
+def _cases(model: str, dtype: str, batch: int, first: bool, compiled: bool) -> list[Case]:
+    everyone = ("ours", "stock_sdpa", "stock_eager", "meta")
+    label = f"{model} {dtype}"
+    title = f"{model.replace('vit_', 'ViT-').replace('b', 'B').replace('l', 'L').replace('h', 'H')}, {dtype}"
+    if model == "tiny":
+        title = f"tiny, {dtype}"
+    size = 1024 if model != "tiny" else 256
+    common = {"model": model, "dtype": dtype, "size": size}
+    found = []
+    if first and dtype == "float32":  # neither depends on the dtype of the computation or on the batch
+        found += [
+            Case(f"load {label}", "load", f"from_pretrained, {title}", ("ours", REFERENCE), **common),
+            Case(f"convert {label}", "convert", f"convert, {title}", ("from_transformers", "from_meta"), **common),
+        ]
+    if first:
+        found += [
+            Case(
+                f"decoder-{prompts} {label}",
+                "decoder",
+                f"Prompt encoder and mask decoder, {prompts} prompt{'s' * (prompts > 1)}, {title}",
+                everyone,
+                prompts=prompts,
+                **common,
+            )
+            for prompts in (1, 64, 256)
+        ]
+    extra = ("ours_compiled", "stock_sdpa_compiled") * compiled
+    found += [
+        Case(
+            f"encoder-b{batch} {label}",
+            "encoder",
+            f"Image encoder, forward, batch {batch}, {title}",
+            (*everyone, "timm", *extra),
+            batch=batch,
+            **common,
+        ),
+        Case(
+            f"lora-b{batch} {label}",
+            "lora_step",
+            f"LoRA training step, r=16, batch {batch}, {title}",
+            ("ours", REFERENCE, "ours_checkpointed", "stock_sdpa_checkpointed", "stock_eager", *extra),
+            batch=batch,
+            **common,
+        ),
+    ]
+    if first:
+        found += [
+            Case(
+                f"encoder-{other} {label}",
+                "encoder",
+                f"Image encoder, forward, {other} pixels, {title}",
+                ("ours", REFERENCE),
+                memory_only=True,
+                **{**common, "size": other},
+            )
+            for other in (size // 2, size * 3 // 2)
+        ]
+    return found
+
+
+@dataclass(frozen=True)
+class Target:
+    """A promise about one figure: `figure` of `peer` in a case, beside the same of another peer."""
+
+    title: str
+    case: str
+    figure: str
+    limit: float
+    stretch: float
+    peer: str = "ours"
+    against: str = REFERENCE
+    devices: str = "cpu|cuda"
+    dtypes: str = "float32|bfloat16"
+
+    def applies(self, case: dict, device: str) -> bool:
+        """Whether a case as written in the results is the one that the promise is about."""
+        return (
+            case["model"] == "vit_b"
+            and re.fullmatch(self.devices, device) is not None
+            and re.fullmatch(self.dtypes, case["dtype"]) is not None
+            and re.fullmatch(self.case, case["name"].split()[0]) is not None
+        )
+
+
+# "faster" is stock's time over ours, at least the limit; memory is ours over stock's, at most the limit.
+TARGETS = [
+    Target("encoder forward, faster", "encoder-b1", "faster", 1.35, 2.1, devices="cpu", dtypes="float32"),
+    Target("encoder forward, beside Meta's", "encoder-b1", "faster", 1.0, 1.0, against="meta", dtypes="float32"),
+    Target("encoder forward, beside timm's", "encoder-b1", "faster", 1.0, 1.0, against="timm", dtypes="float32"),
+    Target("encoder forward, added memory", "encoder-b1", "added", 0.17, 0.10, devices="cpu"),
+    Target("LoRA step, faster", "lora-b1", "faster", 1.7, 2.5, devices="cpu", dtypes="float32"),
+    Target("LoRA step, peak memory", "lora-b1", "peak", 0.42, 0.30, devices="cpu"),
+    Target("LoRA step checkpointed, peak", "lora-b1", "peak", 0.25, 0.20, "ours_checkpointed", devices="cpu"),
+    Target("decoder, 64 prompts, faster", "decoder-64", "faster", 2.2, 4.0, devices="cpu", dtypes="float32"),
+    Target("decoder, 256 prompts, added memory", "decoder-256", "added", 0.05, 0.02, devices="cpu"),
+    Target("LoRA step, peak memory", "lora-b.", "peak", 0.35, 0.35, devices="cuda"),
+    Target("LoRA step, faster", "lora-b.", "faster", 1.25, 1.25, devices="cuda"),
+    Target("encoder forward, faster", "encoder-b8", "faster", 1.3, 1.3, devices="cuda", dtypes="bfloat16"),
+]
