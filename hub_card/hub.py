@@ -154,9 +154,8 @@ class Branch:
                 published = Published(self.repo_id, commit.oid, commit.commit_url, True, commit.pr_url)
                 break
             except Exception as error:
-                wait = _wait(error, attempt)
-                status = _status(error)
-                if status != 412 and wait is None:
+                wait, status = _wait(error, attempt), _status(error)
+                if type(error) is ValueError or status in (400, 401, 402, 403, 404):  # the Hub said no and did nothing
                     raise self._failed("pushing", error) from None
                 # The Hub may have done it and the answer been lost on the way: look before another attempt.
                 try:
@@ -173,7 +172,7 @@ class Branch:
                     break
                 if moved:
                     raise PushFailed(self._conflict(parent)) from None
-                if attempt == ATTEMPTS - 1:
+                if attempt == ATTEMPTS - 1 or (wait is None and status != 412):
                     raise self._failed("pushing", error) from None
                 _sleep("pushing", error, wait or 1.0)
         try:
@@ -280,6 +279,11 @@ class Branch:
             return PushFailed(f"{self} was not found, or this account cannot see it (404, {step})")
         if type(error) is ValueError:  # the client's words for a card with bad metadata; what the Hub answers is HTTP
             return PushRefused(f"the Hub rejects these files: {redact(' '.join(str(error).split()))}")
+        asked = _asked_wait(_cause(error).response.headers) if status in RETRIED else None
+        if asked is not None and asked > LONGEST_WAIT:
+            return PushFailed(
+                f"{step}: the Hub asks to wait {asked:.0f} s ({status}); run the command again after that"
+            )
         return PushFailed(f"{step}: {said}. {self} was not changed by this; run the command again")
 
     def _url(self, oid: str) -> str:

@@ -240,6 +240,7 @@ def test_a_longer_wait_than_anybody_has_is_not_waited_for(hub, push, split_folde
     outcome = push()
     assert outcome.code == 1
     assert sum(outcome.slept) < 300
+    assert "86401 s" in outcome.err
     finishes(hub, push, split_folder)
 
 
@@ -299,12 +300,12 @@ def test_three_pushes_race_and_one_wins(hub, world, split_folder, tmp_path):
 # The commit landed, its answer did not
 
 
-@pytest.mark.parametrize("lost", ["cut", "500", "html"])
+@pytest.mark.parametrize("lost", ["cut", "500", "html", "other JSON"])
 def test_a_lost_answer_is_found_out(hub, push, split_folder, lost):
     if lost == "cut":
         hub.cut(STEPS["commit"], "after")
     else:
-        status, body = (500, b"") if lost == "500" else (200, HTML)
+        status, body = {"500": (500, b""), "html": (200, HTML), "other JSON": (200, {"fine": True})}[lost]
         hub.fail(STEPS["commit"], status, body, after=True)
     outcome = push()
     assert outcome.code == 0
