@@ -72,8 +72,14 @@ def merged_state_dict(config, tensors: Tensors, folder: Path) -> dict[str, torch
 def _adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
     if not (folder / "adapter_config.json").is_file():
         raise ConversionError(f"{folder} holds no adapter_config.json; expected the folder of a PEFT adapter")
-    read_json(folder / "adapter_config.json")
+    bias = read_json(folder / "adapter_config.json").get("bias", "none")
     try:
-        return load_peft_weights(str(folder), device="cpu")
+        weights = load_peft_weights(str(folder), device="cpu")
     except Exception as error:  # whatever a damaged file makes its reader raise
         raise ConversionError(f"{folder} holds no readable adapter weights: {str(error).splitlines()[0]}") from error
+    if bias != "none" and not any(name.endswith("bias") and ".lora_" not in name for name in weights):
+        raise ConversionError(
+            f"the adapter {folder} was trained with bias={bias!r} and holds no bias, so a part of it is lost (peft "
+            "0.18 does not save them); save it again with a newer peft"
+        )
+    return weights

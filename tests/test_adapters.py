@@ -53,9 +53,15 @@ def masks(model):
     return model(**INPUTS).pred_masks
 
 
+def stock_masks(adapted):
+    """Stock calls its parts by keyword, which peft 0.18 cannot pass on to a module that it saves: merge first."""
+    saves = adapted.peft_config["default"].modules_to_save
+    return masks(adapted.merge_and_unload() if saves else adapted)
+
+
 def assert_same_outputs(adapted, carried, plain):
-    assert (masks(adapted) - masks(plain)).abs().max() > 0.1  # the adapter does something
-    torch.testing.assert_close(masks(carried), masks(adapted), atol=1e-5, rtol=1e-5)
+    assert (adapted - masks(plain)).abs().max() > 0.1  # the adapter does something
+    torch.testing.assert_close(carried, adapted, atol=1e-5, rtol=1e-5)
 
 
 ADAPTERS = {
@@ -84,11 +90,9 @@ def test_an_adapter_of_q_k_v_computes_the_same_on_stocks_qkv(name, base, tmp_pat
     argv = ["adapter", "fuse", str(tmp_path / "adapter"), str(tmp_path / "fused"), "--base", str(base)]
     assert main(argv) == 0
     carried = PeftModel.from_pretrained(stock_model(), tmp_path / "fused").eval()
-    assert_same_outputs(adapted, carried, ours(base))
+    assert_same_outputs(masks(adapted), stock_masks(carried), ours(base))
     tensors = load_file(tmp_path / "fused" / "adapter_model.safetensors")
     assert not [key for key in tensors if ".attn.q." in key or ".attn.v." in key]
-    merged = carried.merge_and_unload()
-    torch.testing.assert_close(masks(merged), masks(adapted), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
@@ -98,7 +102,7 @@ def test_fused_and_split_again_it_is_the_adapter_it_was(name, base, tmp_path):
     fuse_adapter(tmp_path / "adapter", tmp_path / "fused", base=base)
     split_adapter(tmp_path / "fused", tmp_path / "again", base=base)
     carried = PeftModel.from_pretrained(ours(base), tmp_path / "again").eval()
-    assert_same_outputs(adapted, carried, ours(base))
+    assert_same_outputs(masks(adapted), masks(carried), ours(base))
     before, after = (load_file(tmp_path / path / "adapter_model.safetensors") for path in ("adapter", "again"))
     if name == "dora":
         assert before.keys() < after.keys()  # k has a magnitude, which on qkv cannot be left out
@@ -125,7 +129,7 @@ def test_an_adapter_of_stocks_qkv_computes_the_same_on_q_k_v(name, base, tmp_pat
     argv = ["adapter", "split", str(tmp_path / "adapter"), str(tmp_path / "split"), "--base", str(base)]
     assert main(argv) == 0
     carried = PeftModel.from_pretrained(ours(base), tmp_path / "split").eval()
-    assert_same_outputs(adapted, carried, stock_model())
+    assert_same_outputs(stock_masks(adapted), masks(carried), stock_model())
     assert not [key for key in load_file(tmp_path / "split" / "adapter_model.safetensors") if ".qkv." in key]
 
 

@@ -52,6 +52,8 @@ def test_the_triangle_keeps_every_bit(geometry, dtype, tmp_path):
     convert(tmp_path / "meta.pth", tmp_path / "split from meta", progress=False)
     fuse(tmp_path / "split from meta", tmp_path / "stock from meta", progress=False)
     original = load_file(tmp_path / "stock" / "model.safetensors")
+    # In half precision, transformers 4 saves the positional matrix twice.
+    original = {key: tensor for key, tensor in original.items() if key not in DROPPED}
     for path in ("stock again", "stock from meta"):
         assert_same(load_file(tmp_path / path / "model.safetensors"), original)
     split = load_file(tmp_path / "split" / "model.safetensors")
