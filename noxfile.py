@@ -34,9 +34,9 @@ def tests(session):
 
 @nox.session
 def tests_oldest(session):
-    """All tests on the oldest transformers and peft that pyproject.toml admits."""
+    """The tests on the oldest transformers and peft that pyproject.toml admits; parity at real size is shown once."""
     session.install("--editable", ".[test]", *OLDEST)
-    session.run(*PYTEST, *session.posargs, env=OFFLINE)
+    session.run(*PYTEST, "--ignore=tests/test_parity_vit_b.py", *session.posargs, env=OFFLINE)
 
 
 @nox.session
