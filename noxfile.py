@@ -40,6 +40,16 @@ def tests_oldest(session):
 
 
 @nox.session
+def tests_hub1(session):
+    """The Hub tests with huggingface_hub 1.x, which the newest transformers accepts as well."""
+    session.install("--upgrade", "--editable", ".[test]", "huggingface_hub==1.31.0")
+    files = [
+        str(path) for pattern in ("test_hub_*.py", "test_push*.py") for path in sorted(Path("tests").glob(pattern))
+    ]
+    session.run(*PYTEST, *files, *session.posargs, env=OFFLINE)
+
+
+@nox.session
 def across_versions(session):
     """What one version writes gives the same numbers with the other, both ways."""
     folder = _empty_folder(session)

@@ -21,7 +21,7 @@ import torch
 
 from conversion.checkpoints import convert, fuse
 from conversion.folder import config_fields
-from conversion.geometry import _model_shapes
+from conversion.geometry import model_shapes
 from conversion.key_map import KEY_MAP, STOCK_MAP, plan
 from conversion.tensors import Renamed, Spec, Tensors
 from conversion.writing import write_pth, write_weights
@@ -59,7 +59,7 @@ def vit_h(depth: int) -> SamSplitConfig:
 def write_sources(folder: Path, depth: int) -> None:
     """The same model as one safetensors file, in shards, and as Meta's .pth."""
     config = vit_h(depth)
-    split = Drawn(_model_shapes(config))
+    split = Drawn(model_shapes(config))
     fused = Renamed(split, plan(split, STOCK_MAP, inverse=True))
     for name, max_bytes in (("single", 5 * 10**9), ("sharded", 5 * 10**8)):
         (folder / name).mkdir()
@@ -118,7 +118,7 @@ def main() -> int:
     parser.add_argument("--depth", type=int, default=32, help="layers of the image encoder, 32 in ViT-H")
     args = parser.parse_args()
 
-    largest = max(spec.nbytes for spec in Drawn(_model_shapes(vit_h(args.depth))).specs.values())
+    largest = max(spec.nbytes for spec in Drawn(model_shapes(vit_h(args.depth))).specs.values())
     limit = 2 * largest + 100 * 10**6
     failed = False
     with tempfile.TemporaryDirectory(dir=args.folder) as name:

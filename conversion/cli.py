@@ -41,6 +41,7 @@ def _add_convert(subparsers):
         help="resample the position tables for another input size in pixels, such as 512 or 768x1024",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    push.add_push_to_hub(parser)
     parser.set_defaults(run=_run_convert)
 
 
@@ -48,9 +49,11 @@ def _run_convert(args):
     from .checkpoints import convert
     from .resize import parse_image_size
 
+    push.check_push_to_hub(args)
     image_size = args.image_size and parse_image_size(args.image_size)
     convert(args.source, args.out, revision=args.revision, image_size=image_size, progress=not args.quiet)
     print(f"wrote {args.out}; load it with AutoModel.from_pretrained({args.out!r}, trust_remote_code=True)")
+    return push.run_push_to_hub(args)
 
 
 FUSE = """\

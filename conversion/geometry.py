@@ -111,7 +111,7 @@ def check_shapes(config, shapes: Mapping[str, tuple[int, ...]]) -> None:
         given, found = getattr(getattr(config, part), field), _count(shapes, prefix)
         if given != found:
             raise ShapeError(f"{part}.{field} is {given}, but the checkpoint has {found} layers {prefix}*")
-    expected = _model_shapes(config)
+    expected = model_shapes(config)
     for name in shapes:
         if name not in expected:
             raise UnknownKeyError(f"{name!r} has no place in the model that the config describes")
@@ -170,7 +170,7 @@ def _effective(config) -> dict:
     return fields
 
 
-def _model_shapes(config) -> dict[str, tuple[int, ...]]:
+def model_shapes(config) -> dict[str, tuple[int, ...]]:
     import torch
 
     from sam_split import SamSplitModel

@@ -5,7 +5,6 @@ serves many tests: its clock does not wait but notes how long it was asked to, a
 interpreter, which has tests of its own, unless a test wants it.
 """
 
-import argparse
 import contextlib
 import io
 import json
@@ -77,27 +76,10 @@ class Client:
         return self.finish()
 
 
-def convert_and_push(args):
-    """The chain of `sam-split convert SOURCE OUT --push-to-hub REPO_ID`."""
-    from conversion import convert
-    from hub_card import push
-
-    push.check_push_to_hub(args)
-    convert(args.source, args.out)
-    return push.run_push_to_hub(args)
-
-
 def serve():
+    from conversion.cli import main
     from hub_card import push
 
-    parser = argparse.ArgumentParser(prog="sam-split")
-    commands = parser.add_subparsers(required=True)
-    push.add_parser(commands)
-    convert = commands.add_parser("convert")
-    convert.add_argument("source")
-    convert.add_argument("out")
-    push.add_push_to_hub(convert)
-    convert.set_defaults(run=convert_and_push)
     answers, real_load, slept = sys.stdout, push.load_in_fresh_process, []
     time.sleep = slept.append
     for line in sys.stdin:
@@ -106,8 +88,7 @@ def serve():
         slept.clear()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
-                parsed = parser.parse_args(request["arguments"])
-                code = parsed.run(parsed)
+                code = main(request["arguments"])
             except SystemExit as error:  # argparse
                 code = error.code
             except BaseException:

@@ -379,7 +379,8 @@ def test_convert_and_push(world, hub, source, tmp_path):
 
 def test_a_malformed_repository_id_is_refused_before_the_conversion(world, hub, source, tmp_path):
     outcome = world[1].run("convert", source, tmp_path / "out", "--push-to-hub", "sam")
-    assert "PushRefused" in outcome.err
+    assert outcome.code == 2
+    assert outcome.err.startswith("sam-split: error: 'sam' is not a repository id; expected 'name/repository'")
     assert not (tmp_path / "out").exists()
 
 
