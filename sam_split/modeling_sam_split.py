@@ -248,19 +248,28 @@ class BandedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def bands(batch, heads, tokens):
-        """Index triples (image, heads, queries) that cover all queries, about `BAND_SCORES` scores each."""
+    def bands(query, scratch):
+        """Index triples (image, heads, queries) that cover all queries, about `BAND_SCORES` scores each.
+
+        With each come `scratch` blocks (heads, queries, H * W) for its scores, the same memory for all bands: asking the
+        system for new memory takes longer than filling it.
+        """
+        batch, heads, tokens, _ = query.shape
         rows = max(1, min(tokens, BAND_SCORES // tokens))
         group = max(1, min(heads, BAND_SCORES // (rows * tokens)))
+        blocks = query.new_empty(scratch, group, rows, tokens)
         for image in range(batch):
             for head in range(0, heads, group):
                 for row in range(0, tokens, rows):
-                    yield image, slice(head, head + group), slice(row, row + rows)
+                    size = min(group, heads - head), min(rows, tokens - row)
+                    band = image, slice(head, head + group), slice(row, row + rows)
+                    yield band, *blocks[:, : size[0], : size[1]]
 
     @staticmethod
-    def weights(query, key, rel_h, rel_w, scale):
-        """Attention weights (heads, queries, H * W) of one band."""
-        scores = (rel_h[..., :, None] + rel_w[..., None, :]).flatten(-2)
+    def weights(query, key, rel_h, rel_w, scale, scores):
+        """Attention weights (heads, queries, H * W) of one band, in the memory of `scores`."""
+        by_key = scores.unflatten(-1, (rel_h.shape[-1], rel_w.shape[-1]))  # (heads, queries, H, W)
+        torch.add(rel_h[..., :, None], rel_w[..., None, :], out=by_key)
         scores.baddbmm_(query, key.transpose(1, 2), alpha=scale)
         return torch.softmax(scores, dim=-1, out=scores)
 
@@ -268,10 +277,10 @@ class BandedAttention(torch.autograd.Function):
     def forward(ctx, query, key, value, rel_h, rel_w, scale):
         batch, heads, tokens, head_dim = query.shape
         output = value.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)  # heads lie side by side in memory
-        for image, head, row in BandedAttention.bands(batch, heads, tokens):
-            band = image, head, row
-            weights = BandedAttention.weights(query[band], key[image, head], rel_h[band], rel_w[band], scale)
-            output[band] = weights @ value[image, head]
+        for band, scores in BandedAttention.bands(query, scratch=1):
+            keys = band[:2]
+            weights = BandedAttention.weights(query[band], key[keys], rel_h[band], rel_w[band], scale, scores)
+            output[band] = weights @ value[keys]
         ctx.save_for_backward(query, key, value, rel_h, rel_w, output)
         ctx.scale = scale
         return output
@@ -284,11 +293,11 @@ class BandedAttention(torch.autograd.Function):
         # Every band adds to these two, so they are kept in float32 at least.
         wide = torch.promote_types(key.dtype, torch.float32)
         grad_key, grad_value = torch.zeros_like(key, dtype=wide), torch.zeros_like(value, dtype=wide)
-        for image, head, row in BandedAttention.bands(*query.shape[:3]):
-            band, keys = (image, head, row), (image, head)
-            weights = BandedAttention.weights(query[band], key[keys], rel_h[band], rel_w[band], ctx.scale)
+        for band, scores, grad_scores in BandedAttention.bands(query, scratch=2):
+            keys = band[:2]
+            weights = BandedAttention.weights(query[band], key[keys], rel_h[band], rel_w[band], ctx.scale, scores)
             grad_value[keys] += weights.transpose(1, 2) @ grad_output[band]
-            grad_scores = grad_output[band] @ value[keys].transpose(1, 2)
+            torch.bmm(grad_output[band], value[keys].transpose(1, 2), out=grad_scores)
             grad_scores -= (grad_output[band] * output[band]).sum(-1, keepdim=True)
             grad_scores *= weights
             grad_query[band] = (grad_scores @ key[keys]) * ctx.scale
