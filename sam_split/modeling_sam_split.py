@@ -251,8 +251,8 @@ class BandedAttention(torch.autograd.Function):
     def bands(query, scratch):
         """Index triples (image, heads, queries) that cover all queries, about `BAND_SCORES` scores each.
 
-        With each come `scratch` blocks (heads, queries, H * W) for its scores, the same memory for all bands: asking the
-        system for new memory takes longer than filling it.
+        With each come `scratch` blocks (heads, queries, H * W) for its scores, the same memory for all bands: asking
+        the system for new memory takes longer than filling it.
         """
         batch, heads, tokens, _ = query.shape
         rows = max(1, min(tokens, BAND_SCORES // tokens))
