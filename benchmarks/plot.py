@@ -51,7 +51,7 @@ def draw(results: Results, path: Path) -> bool:
         figures = {peer: f for peer, f in found[name]["figures"].items() if "failure" not in f}
         seconds = {peer: statistics.median(f["seconds"]) for peer, f in figures.items()}
         _bars(axes[0, column], seconds, f"{title}\ntime, {unit}", {peer: f["seconds"] for peer, f in figures.items()})
-        added = {peer: f["added"] / 1024 for peer, f in figures.items() if "added" in f}
+        added = {peer: statistics.median(f["added"]) / 1024 for peer, f in figures.items() if "added" in f}
         _bars(axes[1, column], added, "added memory, GB")
     _lines(
         axes[0, 3], [((size // 16) ** 2, case) for size, case in tokens], "tokens", "Image encoder\nadded memory, GB"
@@ -88,11 +88,8 @@ def _bars(axis, values: dict[str, float], title: str, rounds: dict[str, list[flo
 
 def _lines(axis, points: list[tuple[int, dict]], xlabel: str, title: str):
     for peer, colour in ((REFERENCE, THEIRS), ("ours", OURS)):
-        line = [
-            (x, case["figures"][peer]["added"] / 1024)
-            for x, case in points
-            if "added" in case["figures"].get(peer, {})
-        ]
+        figures = [(x, case["figures"].get(peer, {})) for x, case in points]
+        line = [(x, statistics.median(f["added"]) / 1024) for x, f in figures if "added" in f]
         if line:
             axis.plot(*zip(*line, strict=True), "o-", color=colour)
             axis.annotate(

@@ -100,9 +100,8 @@ def _ratios(results: Results, case: str, peer: str, figure: str, against: str = 
 def _spread(values: list[float], form: str = ".2f") -> str:
     if not values:
         return "-"
-    if len(values) == 1:
-        return format(values[0], form)
-    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+    middle, least, most = (format(f(values), form) for f in (statistics.median, min, max))
+    return middle if least == most else f"{middle} ({least} to {most})"
 
 
 def _case(results: Results, name: str, case: dict) -> str:
@@ -122,7 +121,7 @@ def _case(results: Results, name: str, case: dict) -> str:
         if compared:
             cells.append(_spread(_ratios(results, name, peer, "faster")))
         for figure in ("added", "peak"):
-            cells.append(f"{figures[figure]:,.0f}" if figure in figures else "-")
+            cells.append(_spread(figures.get(figure, []), ",.0f"))
             if compared:
                 cells.append(_spread(_ratios(results, name, peer, figure)))
         if counted:

@@ -23,8 +23,8 @@ class Results:
         machine: what `rounds.machine` says.
         gemm_peak: FLOP/s by dtype.
         cases: by name: the fields of `Case`, `done` (rounds, 0 while it is being measured), and `figures` by peer:
-            `seconds` and `wall` of each round, `added` and `peak` in MB, `flops`, `profile`, `sample` of the output
-            and `failure`, where they exist.
+            `seconds` and `wall` of each round, `added` and `peak` in MB of each (and of the turn that warms up),
+            `flops`, `profile`, `sample` of the output and `failure`, where they exist.
     """
 
     path: Path
@@ -75,7 +75,7 @@ class Results:
         figures["wall"].append(measured["wall"])
         for name in ("added", "peak"):
             if measured.get(name) is not None:
-                figures[name] = max(measured[name], figures.get(name, 0.0))
+                figures.setdefault(name, []).append(measured[name])
         if "sample" in measured:
             figures["sample"] = measured["sample"]
         self.save()
@@ -107,11 +107,9 @@ class Results:
         self.save()
 
     def median(self, case: str, peer: str, figure: str) -> float | None:
-        """A figure of one peer, the median if it has one a round."""
-        value = self.cases[case]["figures"].get(peer, {}).get(figure)
-        if isinstance(value, list):
-            return statistics.median(value) if value else None
-        return value
+        """The median of what a peer showed in its rounds."""
+        values = self.cases[case]["figures"].get(peer, {}).get(figure)
+        return statistics.median(values) if values else None
 
     def ratios(
         self, case: str, peer: str, figure: str, ratio: Callable[[float, float], float], against: str = REFERENCE
@@ -121,6 +119,4 @@ class Results:
         ours, theirs = (found.get(name, {}).get(figure) for name in (peer, against))
         if ours is None or theirs is None:
             return []
-        if not isinstance(ours, list):
-            ours, theirs = [ours], [theirs]
         return [ratio(a, b) for a, b in zip(ours, theirs, strict=False)]
