@@ -453,12 +453,14 @@ class SamSplitVisionEncoder(nn.Module):
         hidden_states = self.patch_embed(pixel_values)
         if self.pos_embed is not None:
             hidden_states = hidden_states + self.pos_embed
-        all_hidden_states, all_attentions = [hidden_states], []
+        all_hidden_states, all_attentions = [], []
         for layer in self.layers:
-            hidden_states, weights = layer(hidden_states, output_attentions)
-            all_attentions.append(weights)
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
+            hidden_states, weights = layer(hidden_states, output_attentions)
+            all_attentions.append(weights)
+        if output_hidden_states:
+            all_hidden_states.append(hidden_states)
         return SamSplitVisionEncoderOutput(
             last_hidden_state=self.neck(hidden_states),
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
