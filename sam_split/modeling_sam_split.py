@@ -1284,6 +1284,8 @@ class SamSplitModel(SamSplitPreTrainedModel):
                     f"input_points and input_boxes must have as many prompts, got {prompts} and {boxes.shape[1]}"
                 )
             prompts = boxes.shape[1]
+        if prompts == 0:
+            raise ValueError("input_points and input_boxes hold no prompt (P = 0); leave them out for no prompt")
         if masks is not None:
             masks = self._checked_masks(masks, prompts)
         for name, prompt in (("input_points", points), ("input_boxes", boxes), ("input_masks", masks)):

@@ -52,6 +52,7 @@ WRONG = {
         {**PIXELS, "input_points": POINTS.repeat(1, 1, 1, 2)[..., :3]},
         "input_points must be (B, P, N, 2), got (2, 3, 4, 3)",
     ),
+    "no_prompt_in_boxes": ({**PIXELS, "input_boxes": BOXES[:, :0]}, "hold no prompt (P = 0); leave them out"),
     "labels_without_points": ({**PIXELS, "input_labels": LABELS}, "input_labels were given without input_points"),
     "labels_of_other_points": (
         {**PIXELS, "input_points": POINTS, "input_labels": LABELS[:, :, :3]},
