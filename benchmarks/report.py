@@ -76,10 +76,10 @@ def _targets(results: Results, cases: dict) -> str:
             met = "stretch" if (value >= target.stretch if more else value <= target.stretch) else "yes"
             if value < target.limit if more else value > target.limit:
                 met = "**no**"
-            sign = "at least" if more else "at most"
+            sign, form = ("at least", ".2f") if more else ("at most", ".3f")
             dtype = case["dtype"] + (f", batch {case['batch']}" if device == "cuda" else "")
             lines.append(
-                f"| {target.title} | {dtype} | {_spread(found)} | {sign} {target.limit} | {target.stretch} | {met} |"
+                f"| {target.title} | {dtype} | {_spread(found, form)} | {sign} {target.limit} | {target.stretch} | {met} |"
             )
     if not lines:
         return ""

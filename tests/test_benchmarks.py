@@ -172,7 +172,7 @@ def test_report(tmp_path):
     row = "| **SamSplit** | 1.5 (1 to 2) | 2.50 (2.00 to 3.00) | 10 | 0.25 | 50 | 0.62 | 0 | 20% | 5e-01 |"
     assert row in text
     assert "| encoder forward, faster | float32 | 2.50 (2.00 to 3.00) | at least 1.35 | 2.1 | stretch |" in text
-    assert "| encoder forward, added memory | float32 | 0.25 | at most 0.17 | 0.1 | **no** |" in text
+    assert "| encoder forward, added memory | float32 | 0.250 | at most 0.17 | 0.1 | **no** |" in text
     assert "| segment-anything (Meta) | not measured: ImportError: a/b |" in text
     assert "](cpu.png)" in text
 
