@@ -15,10 +15,8 @@ OLDEST = ("transformers==4.57.6", "peft==0.18.0")
 # Two processes of one thread: two cores are common in CI, and a test of ViT-B's size needs up to 6 GB.
 PYTEST = ("pytest", "--numprocesses=2", "--dist=worksteal", "--durations=15")
 # What no version of transformers or peft changes, or takes long, is run on the newest alone.
-NEWEST_ONLY = (
-    *("benchmarks", "card", "demo", "faults", "faults_fuzz", "hub_server", "image_size", "key_map", "loss", "memory"),
-    *("mutations", "parity_vit_b", "push", "push_faults", "push_folder"),
-)
+NEWEST = "benchmarks card demo examples faults faults_fuzz hub_server image_size key_map loss memory mutations"
+NEWEST_ONLY = (*NEWEST.split(), "parity_vit_b", "push", "push_faults", "push_folder", "training")
 OFFLINE = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 

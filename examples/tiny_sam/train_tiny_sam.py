@@ -1,10 +1,13 @@
-"""Train the tiny SAM that lies beside this script, from nothing, on generated shapes: six minutes on one core.
+"""Train a tiny SAM from nothing on generated shapes, about half a second a step on one core.
 
     python examples/tiny_sam/train_tiny_sam.py OUT
 
 It stands in for Meta's checkpoints where there is no network: 128 pixels, four layers of 96 channels, windowed and
 global ones, in the format of transformers' `SamModel`. Its masks mean something on pictures of simple objects; it has
 seen no photograph, which leaves fine-tuning something to do. The same seed, versions and machine give the same file.
+
+The checkpoint beside this script had 900 steps with smaller shapes and more clicks, then 700 with these settings
+(`--start`). On 64 unseen pictures it reaches a mean IoU of 0.789 from a box, still rising.
 """
 
 import argparse
