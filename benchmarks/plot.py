@@ -92,13 +92,10 @@ def _lines(axis, points: list[tuple[int, dict]], xlabel: str, title: str):
         line = [(x, statistics.median(f["added"]) / 1024) for x, f in figures if "added" in f]
         if line:
             axis.plot(*zip(*line, strict=True), "o-", color=colour)
-            axis.annotate(
-                NAMES[peer], line[-1], textcoords="offset points", xytext=(-8, 0), ha="right", va="center", fontsize=8
-            )
+            axis.annotate(NAMES[peer], line[-1], textcoords="offset points", xytext=(-8, 5), ha="right", fontsize=8)
     axis.set_xticks([x for x, _ in points])
     axis.set_xlabel(xlabel, fontsize=9)
     axis.set_title(title, fontsize=10)
-    axis.set_ylim(bottom=0)
-    axis.margins(y=0.1)
+    axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
     axis.tick_params(labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)

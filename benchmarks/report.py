@@ -78,9 +78,8 @@ def _targets(results: Results, cases: dict) -> str:
                 met = "**no**"
             sign, form = ("at least", ".2f") if more else ("at most", ".3f")
             dtype = case["dtype"] + (f", batch {case['batch']}" if device == "cuda" else "")
-            lines.append(
-                f"| {target.title} | {dtype} | {_spread(found, form)} | {sign} {target.limit} | {target.stretch} | {met} |"
-            )
+            limits = f"{sign} {target.limit} | {target.stretch}"
+            lines.append(f"| {target.title} | {dtype} | {_spread(found, form)} | {limits} | {met} |")
     if not lines:
         return ""
     head = [
