@@ -53,9 +53,17 @@ def test_commands_exist(line):
 def test_named_files_exist():
     for path in re.findall(r"`((?:tests|examples|benchmarks)/[\w/.*]+)`", README):
         assert list(ROOT.glob(path)), path
-    tree = next(block for block in blocks("") if block.startswith("sam_split/"))
+    (tree,) = re.findall(r"^```\n(sam_split/.*?)^```$", README, re.DOTALL | re.MULTILINE)
     for line in tree.splitlines():
         assert (ROOT / line.split()[0]).exists(), line
+
+
+def test_figures_are_measured_ones():
+    measured = set(re.findall(r"\d+\.\d+", (ROOT / "benchmarks/results/cpu.md").read_text(encoding="utf-8")))
+    section = README[README.index("## Speed and memory") : README.index("## Fine-tune on your pictures")]
+    quoted = re.findall(r"\d+\.\d+", section)
+    assert len(quoted) > 5
+    assert set(quoted) <= measured
 
 
 def test_ci_runs_the_test_command():
