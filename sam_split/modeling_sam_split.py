@@ -374,7 +374,12 @@ class SamSplitVisionAttention(nn.Module):
         if self.config.use_rel_pos:
             rel_h, rel_w = relative_position_scores(q, self.rel_pos_h, self.rel_pos_w, grid)
         dropout = self.config.attention_dropout if self.training else 0.0
-        if self.config._attn_implementation == "eager":
+        implementation = self.config._attn_implementation or "sdpa"
+        if implementation not in ("sdpa", "eager"):  # set_attn_implementation lets any name pass
+            raise ValueError(
+                f"attn_implementation={implementation!r} cannot add relative positions; use 'sdpa' or 'eager'"
+            )
+        if implementation == "eager":
             context, weights = eager_attention(q, k, v, rel_h, rel_w, self.scale, dropout)
             return context, weights.flatten(0, 1) if output_attentions else None
         if output_attentions:

@@ -184,6 +184,14 @@ CONFIGS = {
 }
 
 
+@pytest.mark.parametrize("name", ["flash_attention_2", "flex_attention"])
+def test_backend_runs_or_raises(name):
+    model = split_model(stock_model())
+    model.vision_encoder.config._attn_implementation = name
+    with pytest.raises(ValueError, match=f"attn_implementation='{name}' cannot add relative positions; use 'sdpa'"):
+        model(**PIXELS)
+
+
 @pytest.mark.parametrize("case", CONFIGS)
 def test_config(case):
     config_class, fields, message = CONFIGS[case]
