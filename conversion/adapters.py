@@ -185,7 +185,24 @@ def _rewrite(adapter, out, base, change) -> None:
     out = Path(out).absolute()
     with new_folder(out) as folder:
         weights = None if base is None else describe(open_checkpoint(base))[1]
-        write_adapter(folder, change(read_adapter(adapter), weights), base)
+        adapter = read_adapter(adapter)
+        if weights is not None:
+            _check_fits(adapter, weights.shapes, base)
+        write_adapter(folder, change(adapter, weights), base)
+
+
+def _check_fits(adapter: Adapter, shapes: dict[str, tuple[int, ...]], base) -> None:
+    """Raise unless every adapted layer, fused or not, is in the base and has the adapter's inputs and outputs."""
+    for name, lora in adapter.loras.items():
+        blocks = 3 if name.endswith(".attn.qkv") else 1
+        found = shapes.get(f"{name.removesuffix('qkv')}q.weight" if blocks == 3 else f"{name}.weight")
+        expected = found and (blocks * found[0], *found[1:])
+        given = (lora.b.shape[0], lora.a.shape[1])
+        if given != expected:
+            raise ConversionError(
+                f"the adapter's {name} is for a layer of shape {given}, and in {base} it is {expected}; name the base "
+                "that it was trained on"
+            )
 
 
 def _check_config(config: dict) -> None:

@@ -59,7 +59,8 @@ def merged_state_dict(config, tensors: Tensors, folder: Path) -> dict[str, torch
         TypeError,
         KeyError,
     ) as error:  # a layer that is not there, a size that is not right
-        raise ConversionError(f"the adapter {folder} does not fit the base: {str(error).splitlines()[0]}") from error
+        reason = " ".join(line.strip() for line in str(error).splitlines()[:2])  # torch's first line names no tensor
+        raise ConversionError(f"the adapter {folder} does not fit the base: {reason}") from error
     missing = [name for name in report.missing_keys if "lora_" in name]
     if missing or report.unexpected_keys:
         name = (missing + report.unexpected_keys)[0]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from models import draw, meta_model, pixels, points, stock_model
+from models import draw, meta_model, pixels, points, stock_model, tiny_config
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from segment_anything.modeling import Sam
@@ -381,3 +381,11 @@ def test_import_needs_a_file_and_a_base(tmp_path, capsys):
     assert_refused(["import", tmp_path / "no.pth", tmp_path / "out"], "needs --base", tmp_path / "out", capsys)
     argv = ["import", tmp_path / "no.pth", tmp_path / "out", "--base", tmp_path]
     assert_refused(argv, "no.pth does not exist", tmp_path / "out", capsys)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_base_of_another_size_is_refused(dora, base, tmp_path, capsys):
+    trained(ours(base), tmp_path / "adapter", r=2, target_modules=["q", "v"], use_dora=dora)
+    stock_model(tiny_config(hidden_size=48)).save_pretrained(tmp_path / "wider")
+    argv = ["fuse", tmp_path / "adapter", tmp_path / "fused", "--base", tmp_path / "wider"]
+    assert_refused(argv, "attn.q is for a layer of shape (32, 32), and in", tmp_path / "fused", capsys)
