@@ -163,7 +163,8 @@ def _model_paths(folder: Path) -> list[str]:
     processors = [name for name in ("preprocessor_config.json", "processor_config.json") if (folder / name).is_file()]
     if not processors:
         raise PushRefused(
-            f"{folder} holds no preprocessor_config.json; save one: SamProcessor.save_pretrained({str(folder)!r})"
+            f"{folder} holds no preprocessor_config.json; save the base's there: "
+            f"AutoProcessor.from_pretrained(BASE).save_pretrained({str(folder)!r})"
         )
     return paths + processors + _optional(folder)
 
