@@ -6,7 +6,8 @@ import os
 import secrets
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .errors import ConversionError, ConversionWarning
@@ -65,6 +66,15 @@ def new_file(out: Path) -> Iterator[Path]:
         _flush_entry(out.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def flushing(paths: Iterable[Path]) -> Iterator[None]:
+    """Flush files to the disk while the block runs: reading them back need not wait for that."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        flushed = thread.submit(lambda: [_flush_entry(path) for path in paths])
+        yield
+    flushed.result()  # raises what the disk had to say
 
 
 def _tell_of_leftovers(out: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from .errors import ConversionError, ConversionWarning
+from .staging import flushing
 from .tensors import DTYPES, PickleFiles, SafetensorsFiles, Tensors, is_finite, same_bits
 
 MAX_SHARD_BYTES = 5 * 10**9  # transformers' default
@@ -43,7 +44,9 @@ def write_weights(
             "weight_map": {member: name for name, members in shards.items() for member in sorted(members)},
         }
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    check_written(SafetensorsFiles([folder / name for name in shards]), tensors, advance)
+    paths = [folder / name for name in shards]
+    with flushing(paths):
+        check_written(SafetensorsFiles(paths), tensors, advance)
 
 
 def check_written(written: Tensors, tensors: Tensors, advance: Callable[[int], None] = lambda nbytes: None) -> None:
@@ -115,7 +118,8 @@ def write_pth(path: Path, tensors: Tensors, advance: Callable[[int], None] = lam
                 storage.write(_bytes(tensors, name))
             advance(tensors.specs[name].nbytes)
         file.writestr("archive/version", "3\n")
-    check_written(PickleFiles([path]), tensors, advance)
+    with flushing([path]):
+        check_written(PickleFiles([path]), tensors, advance)
 
 
 def _padding(offset: int, entry: zipfile.ZipInfo) -> bytes:
