@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
@@ -331,9 +332,8 @@ class SamSplitVisionAttention(nn.Module):
         super().__init__()
         self.config = config
         self.window_size = window_size
-        self.num_attention_heads = config.num_attention_heads
-        head_dim = config.hidden_size // config.num_attention_heads
-        self.scale = head_dim**-0.5
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scale = self.head_dim**-0.5
 
         self.q = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
         self.k = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
@@ -341,12 +341,12 @@ class SamSplitVisionAttention(nn.Module):
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
         if config.use_rel_pos:
             rows, columns = (window_size, window_size) if window_size else config.grid
-            self.rel_pos_h = nn.Parameter(torch.zeros(2 * rows - 1, head_dim))
-            self.rel_pos_w = nn.Parameter(torch.zeros(2 * columns - 1, head_dim))
+            self.rel_pos_h = nn.Parameter(torch.zeros(2 * rows - 1, self.head_dim))
+            self.rel_pos_w = nn.Parameter(torch.zeros(2 * columns - 1, self.head_dim))
 
     def forward(self, hidden_states, output_attentions=False):
         """(B, H, W, C) to the same, and the weights (B * windows * heads, tokens, tokens) or None."""
-        batch, *grid, channels = hidden_states.shape
+        batch, *grid, _ = hidden_states.shape
         tokens = hidden_states.flatten(1, 2)  # (B, H * W, C)
         attended_grid = grid
         if self.window_size:
@@ -357,17 +357,17 @@ class SamSplitVisionAttention(nn.Module):
             tokens = F.pad(tokens, (0, 0, 0, 1))  # (B, H * W + 1, C)
 
         def project(layer):
-            projected = layer(tokens)
+            projected = layer(tokens).unflatten(-1, (-1, self.head_dim))  # tensor parallelism leaves some heads here
             if self.window_size:
-                projected = projected.index_select(1, to_windows).view(-1, self.window_size**2, channels)
-            return projected.unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)  # (B, heads, tokens, D)
+                projected = projected.index_select(1, to_windows).unflatten(1, (-1, self.window_size**2)).flatten(0, 1)
+            return projected.transpose(1, 2)  # (B, heads, tokens, D) or (B * windows, heads, S * S, D)
 
         q, k, v = project(self.q), project(self.k), project(self.v)
         context, weights = self._attend(q, k, v, attended_grid, output_attentions)
-        context = context.transpose(1, 2).reshape(batch, -1, channels)  # (B, windows * S * S, C) or (B, H * W, C)
+        context = context.transpose(1, 2).flatten(2).unflatten(0, (batch, -1)).flatten(1, 2)  # (B, all tokens, C)
         if self.window_size:
             context = context.index_select(1, from_windows)
-        return self.proj(context).view(batch, *grid, channels), weights
+        return self.proj(context).unflatten(1, grid), weights
 
     def _attend(self, q, k, v, grid, output_attentions):
         rel_h = rel_w = None
@@ -992,6 +992,17 @@ class SamSplitPreTrainedModel(PreTrainedModel):
         def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
             super().gradient_checkpointing_enable({"use_reentrant": False, **(gradient_checkpointing_kwargs or {})})
 
+    def initialize_weights(self):
+        """Draw the weights, and note which were drawn: transformers calls this at the end of loading as well.
+
+        It means only what the checkpoint lacks, but 5.0.0 drew what was loaded anew as soon as it did not recognise it
+        as such.
+        """
+        before = _samples(self)
+        super().initialize_weights()
+        after = _samples(self)
+        self._drawn_tensors = [name for name in before if not torch.equal(before[name], after[name])]
+
     @torch.no_grad()
     def _init_weights(self, module):
         # Only torch.nn.init: transformers 5 guards it, so that it leaves loaded weights alone.
@@ -1020,6 +1031,7 @@ class SamSplitPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: if the checkpoint is a fused one, lacks a tensor, has one too many or one of another shape (the
                 latter unless `ignore_mismatched_sizes=True`), or cannot be read; the message names tensor and cure.
+            RuntimeError: if transformers replaced weights of the checkpoint by random ones.
         """
         with_info = kwargs.pop("output_loading_info", False)
         allow_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
@@ -1038,8 +1050,19 @@ class SamSplitPreTrainedModel(PreTrainedModel):
         return (model, info) if with_info else model
 
 
+def _samples(model):
+    """Name -> the bits of some elements of each tensor that is in memory; they differ once it is drawn anew."""
+    samples = {}
+    for name, tensor in model.state_dict().items():
+        tensor = getattr(tensor, "_local_tensor", tensor)  # a sharded tensor's part on this device
+        if type(tensor) is torch.Tensor and tensor.device.type != "meta":  # quantised ones are never drawn
+            tensor = tensor.flatten()
+            samples[name] = tensor[:: max(1, len(tensor) // 8)].clone().view(torch.uint8)
+    return samples
+
+
 def _check_loading(model, source, info, allow_mismatch):
-    """Raise ValueError unless a checkpoint and a model hold the same tensors.
+    """Raise unless a model holds the tensors of a checkpoint, all of them and no others.
 
     Args:
         model: what was filled.
@@ -1073,6 +1096,12 @@ def _check_loading(model, source, info, allow_mismatch):
         raise ValueError(
             f"{source!r} holds {len(extra)} tensors that its config has no place for, the first is {extra[0]!r}; make "
             "a folder in which the two agree with `sam-split convert SOURCE OUT`"
+        )
+    mismatched = {entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]}
+    if redrawn := sorted(set(model._drawn_tensors) - mismatched):
+        raise RuntimeError(
+            f"transformers {transformers.__version__} replaced {len(redrawn)} tensors of {source!r} by random ones, "
+            f"the first is {redrawn[0]!r}; install another version"
         )
 
 

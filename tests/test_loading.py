@@ -5,10 +5,11 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from models import pixels, points, split_model, stock_model
 from parity import stock_forward
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForMaskGeneration
+from transformers import AutoModel, AutoModelForMaskGeneration, PreTrainedModel
 
 from sam_split import SamSplitModel, SamSplitVisionModel
 
@@ -192,6 +193,36 @@ def test_loading_info(load, folder):
     assert not info["missing_keys"]
     assert not info["mismatched_keys"]
     assert not info["unexpected_keys"]
+
+
+def draw_what_is_marked_as_loaded(model, module, *_):
+    """transformers 5.0.0's loop on a file that draws with `.data.normal_()`, which no mark holds back."""
+    for tensor in module.parameters(recurse=False):
+        tensor.data.normal_()
+
+
+def lose_the_marks(model, module, *_):
+    """A loader whose tensors lose their mark on the way, by a move to a device for one."""
+    for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+        tensor._is_hf_initialized = False
+    model._init_weights(module)
+
+
+@pytest.mark.parametrize("loop", [draw_what_is_marked_as_loaded, lose_the_marks])
+def test_loaded_weights_drawn_anew(load, folder, ours, loop, monkeypatch):
+    monkeypatch.setattr(PreTrainedModel, "_initialize_weights", loop)
+    if transformers.__version__.startswith("4."):  # draws before it loads
+        assert same_outputs(load(folder), ours)
+        return
+    with pytest.raises(RuntimeError, match=r"replaced 1\d\d tensors of '.*model' by random ones"):
+        load(folder)
+
+
+def test_mismatched_tensor_is_drawn_on_request(folder):
+    """The one case in which loading may draw weights."""
+    edit_weights(folder, lambda weights: {**weights, "mask_decoder.iou_token.weight": torch.zeros(1, 3)})
+    model = SamSplitModel.from_pretrained(folder, ignore_mismatched_sizes=True)
+    assert model.mask_decoder.iou_token.weight.std() > 0
 
 
 def test_vision_model_takes_its_part(folder, ours):
