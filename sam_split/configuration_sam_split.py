@@ -54,6 +54,17 @@ def _grid(image_size, patch_size):
     return height // patch_size, width // patch_size
 
 
+# How tensor parallelism cuts the layers of the image encoder: by heads, and by the width of the MLP.
+TENSOR_PARALLEL_PLAN = {
+    "vision_encoder.layers.*.attn.q": "colwise",
+    "vision_encoder.layers.*.attn.k": "colwise",
+    "vision_encoder.layers.*.attn.v": "colwise",
+    "vision_encoder.layers.*.attn.proj": "rowwise",
+    "vision_encoder.layers.*.mlp.lin1": "colwise",
+    "vision_encoder.layers.*.mlp.lin2": "rowwise",
+}
+
+
 class SamSplitVisionConfig(PretrainedConfig):
     """The image encoder: a ViT with windowed attention in all layers but a few.
 
@@ -83,6 +94,7 @@ class SamSplitVisionConfig(PretrainedConfig):
     """
 
     model_type = "sam_split_vision_model"
+    base_model_tp_plan = TENSOR_PARALLEL_PLAN
     base_config_key = "vision_config"
 
     def __init__(
@@ -279,6 +291,7 @@ class SamSplitConfig(PretrainedConfig):
     """
 
     model_type = "sam_split"
+    base_model_tp_plan = TENSOR_PARALLEL_PLAN
     sub_configs = {  # noqa: RUF012  (transformers reads it from the class)
         "vision_config": SamSplitVisionConfig,
         "prompt_encoder_config": SamSplitPromptEncoderConfig,
