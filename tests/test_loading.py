@@ -203,9 +203,9 @@ def draw_what_is_marked_as_loaded(model, module, *_):
 
 def lose_the_marks(model, module, *_):
     """A loader whose tensors lose their mark on the way, by a move to a device for one."""
-    for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+    for tensor in module.parameters(recurse=False):
         tensor._is_hf_initialized = False
-    model._init_weights(module)
+        model._init_weights(module)
 
 
 @pytest.mark.parametrize("loop", [draw_what_is_marked_as_loaded, lose_the_marks])
