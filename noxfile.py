@@ -1,28 +1,42 @@
-"""The test command. `nox` runs every session; `nox -s tests -- -k parity` one of them, with arguments for pytest."""
+"""The test command. `nox` runs what CI runs; `nox -s tests -- -k parity` one session, with arguments for pytest."""
 
+import json
+import os
 import shutil
+import time
 from pathlib import Path
+from xml.etree import ElementTree
 
 import nox
 
 nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "uv"  # all sessions share uv's cache: torch is fetched once
 nox.options.reuse_venv = "yes"
+nox.options.sessions = ["lint", "tests", "tests_oldest", "tests_hub1", "across_versions", "transformers_own", "wheel"]
 
-# The lower bounds of pyproject.toml. This transformers brings the huggingface_hub of its day, below 1.0.
-OLDEST = ("transformers==4.57.6", "peft==0.18.0")
+# Each transformers with the peft and huggingface_hub of its day, the oldest with the lower bounds of pyproject.toml.
+PINS = {
+    "4.57.6": ("peft==0.18.0", "huggingface_hub==0.36.0", "torch==2.6.0", "torchvision==0.21.0"),
+    "5.0.0": ("peft==0.18.1", "huggingface_hub==1.3.4"),
+    "5.5.4": ("peft==0.18.1", "huggingface_hub==1.10.1"),
+    "5.11.0": ("peft==0.19.1", "huggingface_hub==1.18.0"),
+    "5.17.0": ("peft==0.20.0", "huggingface_hub==1.30.0"),
+    "newest": (),
+}
+OLDEST, *_, NEWEST = PINS
 
 # Two processes of one thread: two cores are common in CI, and a test of ViT-B's size needs up to 6 GB.
-PYTEST = ("pytest", "--numprocesses=2", "--dist=worksteal", "--durations=15")
+PYTEST = ("-m", "pytest", "--numprocesses=2", "--dist=worksteal", "--durations=15")
 # What no version of transformers or peft changes, or takes long, is run on the newest alone.
-NEWEST = "benchmarks card demo examples faults faults_fuzz hub_server image_size key_map loss memory mutations"
-NEWEST_ONLY = (*NEWEST.split(), "parity_vit_b", "push", "push_faults", "push_folder", "training")
+SLOW = "benchmarks card demo examples faults faults_fuzz hub_server image_size key_map loss memory mutations"
+NEWEST_ONLY = (*SLOW.split(), "parity_vit_b", "push", "push_faults", "push_folder", "training")
 OFFLINE = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+MATRIX = Path("tests/matrix.md")
 
 
 @nox.session
 def lint(session):
-    """Style. The minor version of ruff is fixed, because the next one may format in another way."""
+    """Style and types. Minor versions are fixed, because the next one may see another way."""
     session.install("ruff~=0.17.6")
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
@@ -31,16 +45,13 @@ def lint(session):
 @nox.session
 def tests(session):
     """All tests on the newest versions that PyPI has."""
-    session.install("--upgrade", "--editable", ".[test]")
-    session.run(*PYTEST, *session.posargs, env=OFFLINE)
+    _run(session, NEWEST, *PYTEST, *session.posargs)
 
 
 @nox.session
 def tests_oldest(session):
-    """The tests on the oldest transformers and peft that pyproject.toml admits."""
-    session.install("--editable", ".[test]", *OLDEST)
-    ignored = [f"--ignore=tests/test_{name}.py" for name in NEWEST_ONLY]
-    session.run(*PYTEST, *ignored, *session.posargs, env=OFFLINE)
+    """The tests on the oldest transformers, peft, huggingface_hub and torch that pyproject.toml admits."""
+    _run(session, OLDEST, *PYTEST, *_ignored(), *session.posargs)
 
 
 @nox.session
@@ -48,23 +59,39 @@ def tests_hub1(session):
     """The Hub tests with huggingface_hub 1.x, which the newest transformers accepts as well."""
     session.install("--upgrade", "--editable", ".[test]", "huggingface_hub==1.31.0")
     files = [f"tests/test_{name}.py" for name in ("hub_server", "push_faults")]
-    session.run(*PYTEST, *files, *session.posargs, env=OFFLINE)
+    session.run("python", *PYTEST, *files, *session.posargs, env=OFFLINE)
 
 
 @nox.session
 def across_versions(session):
-    """What one version writes gives the same numbers with the other, both ways."""
-    folder = _empty_folder(session)
-    session.install("--upgrade", "--editable", ".[test]")
-    oldest = folder / "oldest-venv"
-    session.run("uv", "venv", "--clear", "--python", "python", str(oldest))
-    session.run("uv", "pip", "install", "--python", str(oldest), "--editable", ".[test]", *OLDEST)
-    pythons = {"newest": "python", "oldest": str(next(oldest.glob("*/python")))}
-    for version, python in pythons.items():
-        session.run(python, "tests/across_versions.py", "write", str(folder / version), env=OFFLINE, external=True)
-    for version, written_by in (("newest", "oldest"), ("oldest", "newest")):
-        script = "tests/across_versions.py", "read", str(folder / written_by)
-        session.run(pythons[version], *script, env=OFFLINE, external=True)
+    """What one version writes gives the same numbers with every other; `-- 5.0.0 5.17.0` names versions."""
+    _across(session, session.posargs or [OLDEST, NEWEST])
+
+
+@nox.session
+def transformers_own(session):
+    """transformers' own common model tests on ours and on stock, from the sdist of the newest; `-- 4.57.6` for it."""
+    folder, (version,) = _empty_folder(session), session.posargs or [NEWEST]
+    session.install("pip", "setuptools", "wheel")  # to read a source distribution's name, nothing is built
+    release = _versions(session, version)["transformers"]
+    download = "pip", "download", "--quiet", "--no-deps", "--no-build-isolation", "--no-binary=transformers"
+    session.run("python", "-m", *download, "--dest", str(folder), f"transformers=={release}")
+    shutil.unpack_archive(folder / f"transformers-{release}.tar.gz", folder, filter="data")
+    _run(session, version, "tests/transformers_own.py", str(folder / f"transformers-{release}"))
+
+
+@nox.session(default=False)
+def matrix(session):
+    """The tests on every version, all files across all versions, and README's table of them; `-- 5.0.0` runs one."""
+    rows = [_row(session, version) for version in session.posargs or PINS]
+    _across(session, PINS)
+    if not session.posargs:
+        table = "\n".join(
+            ["| transformers | peft | huggingface_hub | torch | tests | seconds |", "|---" * 6 + "|", *rows]
+        )
+        readme = Path("README.md")
+        readme.write_text(readme.read_text(encoding="utf-8").replace(MATRIX.read_text(encoding="utf-8"), table + "\n"))
+        MATRIX.write_text(table + "\n", encoding="utf-8")
 
 
 @nox.session
@@ -78,6 +105,53 @@ def wheel(session):
     session.run("sam-split", "--help")
     options = "--source", str(tiny), "--out", str(folder / "demo")
     session.run("sam-split", "demo", *options, env={"HF_HUB_OFFLINE": "1"})
+
+
+def _python(session, version: str) -> str:
+    """The interpreter of that version's environment, which all sessions share."""
+    folder = Path(session.virtualenv.location).resolve().parent / f"transformers-{version}"
+    python = next((path for path in folder.glob("*/python*") if path.stem == "python"), None)
+    if python is None:
+        session.run("uv", "venv", "--python", "python", str(folder))
+        python = next(path for path in folder.glob("*/python*") if path.stem == "python")
+    wanted = ["--upgrade"] if version == NEWEST else [f"transformers=={version}", *PINS[version]]
+    session.run("uv", "pip", "install", "--quiet", "--python", str(python), "--editable", ".[test]", *wanted)
+    return str(python)
+
+
+def _run(session, version: str, *arguments: str, **options) -> None:
+    python = _python(session, version)
+    path = os.pathsep.join([str(Path(python).parent), os.environ["PATH"]])
+    session.run(python, *arguments, env={**OFFLINE, "PATH": path}, external=True, **options)
+
+
+def _versions(session, version: str) -> dict[str, str]:
+    """What is installed in that version's environment."""
+    listed = "uv", "pip", "list", "--format=json", "--python", _python(session, version)
+    return {package["name"]: package["version"] for package in json.loads(session.run(*listed, silent=True))}
+
+
+def _ignored() -> list[str]:
+    return [f"--ignore=tests/test_{name}.py" for name in NEWEST_ONLY]
+
+
+def _row(session, version: str) -> str:
+    """Run the tests on a version: its row of the matrix."""
+    report, started = Path(session.create_tmp()) / f"{version}.xml", time.monotonic()
+    _run(session, version, *PYTEST, *_ignored(), f"--junitxml={report}")
+    suite, installed = ElementTree.parse(report).find("testsuite").attrib, _versions(session, version)
+    names = [installed[name] for name in ("transformers", "peft", "huggingface-hub", "torch")]
+    tests = f"{int(suite['tests']) - int(suite['skipped'])} passed, {suite['skipped']} skipped"
+    return f"| {' | '.join(names)} | {tests} | {time.monotonic() - started:.0f} |"
+
+
+def _across(session, versions) -> None:
+    folder = _empty_folder(session)
+    folders = {version: str(folder / version) for version in versions}
+    for version in versions:
+        _run(session, version, "tests/across_versions.py", "write", folders[version])
+    for version in versions:
+        _run(session, version, "tests/across_versions.py", "read", *folders.values())
 
 
 def _empty_folder(session) -> Path:

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from models import PROMPT_KINDS, draw, pixels, points, redraw, split_config, split_model, stock_model, tiny_config
-from parity import TOLERANCE, assert_same_gradients, assert_same_outputs, outputs_and_gradients, stock_forward
+from models import draw, pixels, points, redraw, split_config, split_model, stock_model, tiny_config
+from parity import assert_same_gradients, assert_same_outputs, outputs_and_gradients, stock_forward
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
@@ -299,38 +299,3 @@ def test_lora_gradients(kind, checkpointing):
             expected[f"{name}.lora_B.default.bias"] = scale * their_gradients[f"{fused}.bias"][rows]
     assert expected.keys() == {name for name in gradients if "lora_" in name or name == "pixel_values"}
     assert_same_gradients({name: gradients[name] for name in expected}, expected)
-
-
-@pytest.fixture(scope="module")
-def tiny() -> SamSplitModel:
-    return split_model(stock_model())
-
-
-def test_compiled(tiny):
-    inputs = PROMPT_KINDS["masks_and_points"]
-    torch._dynamo.reset()
-    compiled = torch.compile(tiny, backend="aot_eager", fullgraph=True)
-    expected = outputs_and_gradients(stock_forward, tiny, pixels(), **inputs)
-    outputs, gradients = outputs_and_gradients(stock_forward, compiled, pixels(), **inputs)
-    assert_same_outputs(outputs, expected[0])
-    assert_same_gradients({name.removeprefix("_orig_mod."): value for name, value in gradients.items()}, expected[1])
-
-
-def test_exported(tiny):
-    """One program for any number of images and prompts."""
-    batch, prompts = torch.export.Dim("batch", min=2, max=64), torch.export.Dim("prompts", min=2, max=64)
-    inputs = {"pixel_values": pixels(), **points(1, 0)}
-    shapes = {
-        "pixel_values": {0: batch},
-        "input_points": {0: batch, 1: prompts},
-        "input_labels": {0: batch, 1: prompts},
-    }
-    exported = torch.export.export(tiny, (), inputs, dynamic_shapes=shapes).module()
-    with torch.no_grad():
-        for images, count in ((2, 3), (3, 5)):
-            given = {
-                "pixel_values": pixels(images),
-                "input_points": draw(images, count, 4, 2, seed=3, low=0.0),
-                "input_labels": torch.ones(images, count, 4, dtype=torch.long),
-            }
-            assert_same_outputs(stock_forward(exported, **given), stock_forward(tiny, **given), TOLERANCE)
