@@ -1,0 +1,39 @@
+"""The changelog, the package and its metadata agree on the version, and README's table is the matrix's."""
+
+import re
+from pathlib import Path
+
+import sam_split
+
+ROOT = Path(__file__).parents[1]
+
+
+def read(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_top_entry_is_the_version():
+    (version,) = re.findall(r'^version = "(.+)"$', read("pyproject.toml"), re.MULTILINE)
+    top = re.findall(r"^## (\S+)", read("CHANGELOG.md"), re.MULTILINE)[0]
+    assert top == version == sam_split.__version__
+
+
+def test_table_is_the_matrix():
+    """`nox -s matrix` writes both, a row for each of its versions, and none without tests or with a failure."""
+    table, noxfile = read("tests/matrix.md"), read("noxfile.py")
+    assert table in read("README.md")
+    rows = [[cell.strip() for cell in row.strip("| ").split("|")] for row in table.splitlines()[2:]]
+    pinned = re.findall(r'^    "([\d.]+)": \(', noxfile, re.MULTILINE)
+    assert [row[0] for row in rows][:-1] == pinned, "and the newest"
+    assert all(re.fullmatch(r"[1-9]\d+ passed, \d skipped", row[4]) for row in rows)
+    for row in rows[:-1]:
+        for name, version in zip(("peft", "huggingface_hub"), row[1:3], strict=True):
+            assert f'"{name}=={version}"' in noxfile
+
+
+def test_contributing_names_what_exists():
+    text = read("CONTRIBUTING.md")
+    for session in re.findall(r"nox -s (\w+)", text):
+        assert f"\ndef {session}(session):" in read("noxfile.py"), session
+    for path in re.findall(r"`((?:tests|conversion|examples|benchmarks|sam_split)/[\w/.]+)`", text):
+        assert (ROOT / path).exists(), path
