@@ -6,6 +6,7 @@ way, and files broken in the ways that remote code breaks when transformers move
 """
 
 import json
+import re
 import shutil
 
 import pytest
@@ -112,7 +113,12 @@ BREAKS = {  # what is replaced, by what, and the error on transformers 4 and on 
         "conversion",
         "",
     ),
-    "data_draw": ("nn.init.normal_(module.weight, std=std)", "module.weight.data.normal_(std=std)", "", "drawn again"),
+    "data_draw": (
+        "nn.init.normal_(module.weight, std=std)",
+        "module.weight.data.normal_(std=std)",
+        "",
+        "drawn again|random",
+    ),
     "tied_list": ("supports_gradient_checkpointing = True", '{0}\n    _tied_weights_keys = ["a.b"]', "", "keys"),
 }
 
@@ -140,5 +146,5 @@ def test_use(errors, name):
     """The whole folder raises and warns of nothing; a broken one does on the versions that it breaks on."""
     *_, on_4, on_5 = BREAKS[name]
     expected = on_4 if transformers_version.startswith("4.") else on_5
-    assert expected in errors.get(name, "")
+    assert re.search(expected, errors.get(name, ""))
     assert bool(expected) == (name in errors), errors.get(name)
