@@ -25,7 +25,6 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -141,7 +140,7 @@ def window_indices(grid: tuple[int, int], size: int, device: torch.device) -> tu
         device: of the indices.
 
     Returns:
-        `to_windows` (windows * S * S,), token numbers window by window, and `from_windows` (H * W,), its inverse.
+        `to_windows` (windows, S * S), the numbers of each window's tokens, and `from_windows` (H * W,), its inverse.
 
     Source: the windowed layers of ViTDet (arXiv 2203.16527); there, padding is at the bottom and the right as well.
     """
@@ -150,41 +149,41 @@ def window_indices(grid: tuple[int, int], size: int, device: torch.device) -> tu
     row = torch.arange(window_rows * size, device=device)[:, None]
     column = torch.arange(window_columns * size, device=device)[None, :]
     token = torch.where((row < rows) & (column < columns), row * columns + column, rows * columns)
-    to_windows = token.view(window_rows, size, window_columns, size).transpose(1, 2).flatten()
+    to_windows = token.view(window_rows, size, window_columns, size).transpose(1, 2).flatten(2).flatten(0, 1)
 
     window = (row // size) * window_columns + column // size
     place = window * size**2 + (row % size) * size + column % size
     return to_windows, place[:rows, :columns].flatten()
 
 
+def by_offset(table: torch.Tensor) -> torch.Tensor:
+    """Relative positions (2 * L - 1, D) as (L queries, L keys, D): row i is for a query i - (L - 1) after its key."""
+    length = (table.shape[0] + 1) // 2
+    position = torch.arange(length, device=table.device)
+    return table[position[:, None] - position[None, :] + length - 1]
+
+
 def relative_position_scores(
-    query: torch.Tensor, rel_pos_h: torch.Tensor, rel_pos_w: torch.Tensor, grid: tuple[int, int]
+    query: torch.Tensor, by_row: torch.Tensor, by_column: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """How much each query likes each row and each column of keys, for how far away they lie.
 
     The score of a query-key pair is the sum of the two, so H + W numbers per query stand for H * W.
 
     Args:
-        query: (B, heads, H * W, D), before the 1 / sqrt(D) scaling.
-        rel_pos_h: (2 * H - 1, D). Row i belongs to the vertical offset i - (H - 1) of the query from the key.
-        rel_pos_w: (2 * W - 1, D), the same for horizontal offsets.
-        grid: (H, W) in tokens.
+        query: (..., H * W, D), before the 1 / sqrt(D) scaling.
+        by_row: (H, H, D), the vector of each vertical offset of a query from a key.
+        by_column: (W, W, D), the same for horizontal offsets.
 
     Returns:
-        (B, heads, H * W, H) for the rows and (B, heads, H * W, W) for the columns.
+        (..., H * W, H) for the rows and (..., H * W, W) for the columns.
 
     Source: decomposed relative positions of MViTv2 (arXiv 2112.01526).
     """
-
-    def by_offset(table, length):
-        position = torch.arange(length, device=table.device)
-        return table[position[:, None] - position[None, :] + length - 1]  # (queries, keys, D)
-
-    rows, columns = grid
-    query = query.unflatten(2, grid)  # (B, heads, H, W, D)
-    rel_h = torch.einsum("bnhwd,hkd->bnhwk", query, by_offset(rel_pos_h, rows))
-    rel_w = torch.einsum("bnhwd,wkd->bnhwk", query, by_offset(rel_pos_w, columns))
-    return rel_h.flatten(2, 3), rel_w.flatten(2, 3)
+    query = query.unflatten(-2, (len(by_row), len(by_column)))  # (..., H, W, D)
+    rel_h = torch.einsum("...hwd,hkd->...hwk", query, by_row)
+    rel_w = torch.einsum("...hwd,wkd->...hwk", query, by_column)
+    return rel_h.flatten(-3, -2), rel_w.flatten(-3, -2)
 
 
 def eager_attention(
@@ -242,87 +241,121 @@ def folded_attention(
 
 
 class BandedAttention(torch.autograd.Function):
-    """The same attention a band of query rows at a time, so that scores stay in the processor's caches.
+    """The same attention on a CPU: a window or a head at a time, in bands of query rows, all within its caches.
 
-    Backward computes the weights of each band again instead of keeping them. Arguments and first result as in
-    `eager_attention`.
+    Neither scores nor windows are ever laid out for the whole image. Backward computes them again from the projected
+    tokens, the one thing that is kept.
     """
 
     @staticmethod
-    def bands(query, scratch):
-        """Index triples (image, heads, queries) that cover all queries, about `BAND_SCORES` scores each.
-
-        With each come `scratch` blocks (heads, queries, H * W) for its scores, the same memory for all bands: asking
-        the system for new memory takes longer than filling it.
-        """
-        batch, heads, tokens, _ = query.shape
+    def blocks(query, windows):
+        """Index pairs (tokens of an image, heads) that cover all scores, and the rows of queries to take at once."""
+        _, tokens, heads, _ = query.shape
+        if windows is not None:
+            tokens = windows.shape[1]
         rows = max(1, min(tokens, BAND_SCORES // tokens))
         group = max(1, min(heads, BAND_SCORES // (rows * tokens)))
-        blocks = query.new_empty(scratch, group, rows, tokens)
-        for image in range(batch):
-            for head in range(0, heads, group):
-                for row in range(0, tokens, rows):
-                    size = min(group, heads - head), min(rows, tokens - row)
-                    band = image, slice(head, head + group), slice(row, row + rows)
-                    yield band, *blocks[:, : size[0], : size[1]]
+        bands = [slice(row, row + rows) for row in range(0, tokens, rows)]
+        blocks = [
+            (window, slice(head, head + group))
+            for window in ([slice(None)] if windows is None else windows)
+            for head in range(0, heads, group)
+        ]
+        return blocks, bands, query.new_empty(2, group, rows, tokens)  # asking for memory takes longer than filling it
 
     @staticmethod
     def weights(query, key, rel_h, rel_w, scale, scores):
-        """Attention weights (heads, queries, H * W) of one band, in the memory of `scores`."""
+        """Attention weights (heads, queries, keys) of one band, in the memory of `scores`."""
+        scores = scores[: query.shape[0], : query.shape[1]]
         by_key = scores.unflatten(-1, (rel_h.shape[-1], rel_w.shape[-1]))  # (heads, queries, H, W)
         torch.add(rel_h[..., :, None], rel_w[..., None, :], out=by_key)
         scores.baddbmm_(query, key.transpose(1, 2), alpha=scale)
         return torch.softmax(scores, dim=-1, out=scores)
 
     @staticmethod
-    def forward(ctx, query, key, value, rel_h, rel_w, scale):
-        batch, heads, tokens, head_dim = query.shape
-        output = value.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)  # heads lie side by side in memory
-        for band, scores in BandedAttention.bands(query, scratch=1):
-            keys = band[:2]
-            weights = BandedAttention.weights(query[band], key[keys], rel_h[band], rel_w[band], scale, scores)
-            output[band] = weights @ value[keys]
-        ctx.save_for_backward(query, key, value, rel_h, rel_w, output)
-        ctx.scale = scale
+    def forward(ctx, query, key, value, by_row, by_column, windows, scale):
+        """(B, tokens, heads, D) to the same.
+
+        Args:
+            query, key, value: (B, tokens, heads, D).
+            by_row, by_column: see `relative_position_scores`.
+            windows: (windows, S * S), the tokens of each window, or None for one window over all of them.
+            scale: factor of the dot products.
+        """
+        ctx.save_for_backward(query, key, value, by_row, by_column)
+        ctx.windows, ctx.scale = windows, scale
+        blocks, bands, (scores, _) = BandedAttention.blocks(query, windows)
+        output = torch.empty_like(query)
+        for image in range(len(query)):
+            for block in blocks:
+                q, k, v = (x[image][block].transpose(0, 1) for x in (query, key, value))  # (heads, tokens, D)
+                rel_h, rel_w = relative_position_scores(q, by_row, by_column)
+                context = torch.empty_like(q)
+                for band in bands:
+                    at = slice(None), band
+                    weights = BandedAttention.weights(q[at], k, rel_h[at], rel_w[at], scale, scores)
+                    torch.bmm(weights, v, out=context[at])
+                output[image][block] = context.transpose(0, 1)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        query, key, value, rel_h, rel_w, output = ctx.saved_tensors
-        grad_query, grad_rel_h, grad_rel_w = torch.empty_like(query), torch.empty_like(rel_h), torch.empty_like(rel_w)
-        # Every band adds to these two, so they are kept in float32 at least.
-        wide = torch.promote_types(key.dtype, torch.float32)
-        grad_key, grad_value = torch.zeros_like(key, dtype=wide), torch.zeros_like(value, dtype=wide)
-        for band, scores, grad_scores in BandedAttention.bands(query, scratch=2):
-            keys = band[:2]
-            weights = BandedAttention.weights(query[band], key[keys], rel_h[band], rel_w[band], ctx.scale, scores)
-            grad_value[keys] += weights.transpose(1, 2) @ grad_output[band]
-            torch.bmm(grad_output[band], value[keys].transpose(1, 2), out=grad_scores)
-            grad_scores -= (grad_output[band] * output[band]).sum(-1, keepdim=True)
-            grad_scores *= weights
-            grad_query[band] = (grad_scores @ key[keys]) * ctx.scale
-            grad_key[keys] += (grad_scores.transpose(1, 2) @ query[band]) * ctx.scale
-            by_key = grad_scores.unflatten(-1, (rel_h.shape[-1], rel_w.shape[-1]))  # (heads, queries, H, W)
-            grad_rel_h[band] = by_key.sum(-1)
-            grad_rel_w[band] = by_key.sum(-2)
-        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), grad_rel_h, grad_rel_w, None
+        saved = ctx.saved_tensors  # checkpointing hands them out once
+        tokens, tables = saved[:3], saved[3:]
+        blocks, bands, (scores, grad_scores) = BandedAttention.blocks(tokens[0], ctx.windows)
+        # The token that stands for all padding gets a part from several windows, so sums are float32 at least.
+        wide = torch.promote_types(grad_output.dtype, torch.float32)
+        grad_tokens = [torch.zeros_like(x, dtype=wide) for x in tokens]
+        grad_tables = [torch.zeros_like(x, dtype=wide) for x in tables]
+        for image in range(len(grad_output)):
+            for block in blocks:
+                q, k, v, grad_context = (x[image][block].transpose(0, 1) for x in (*tokens, grad_output))
+                with torch.enable_grad():
+                    leaves = [x.detach().requires_grad_() for x in (q, *tables)]
+                    rel = relative_position_scores(*leaves)
+                rel_h, rel_w = (x.detach() for x in rel)
+                grad_rel = [torch.empty_like(x) for x in rel]
+                grad_q = torch.empty_like(q)
+                # (heads, D, tokens), in which the products below are a quarter faster
+                grad_k, grad_v = (torch.zeros_like(x.transpose(1, 2), dtype=wide) for x in (k, v))
+                for band in bands:
+                    at = slice(None), band
+                    weights = BandedAttention.weights(q[at], k, rel_h[at], rel_w[at], ctx.scale, scores)
+                    _add_product(grad_v, grad_context[at].transpose(1, 2), weights)
+                    grad = grad_scores[: weights.shape[0], : weights.shape[1]]
+                    torch.bmm(grad_context[at], v.transpose(1, 2), out=grad)
+                    grad *= weights
+                    grad.addcmul_(weights, grad.sum(-1, keepdim=True), value=-1)
+                    grad_q[at] = (grad @ k) * ctx.scale
+                    _add_product(grad_k, q[at].transpose(1, 2) * ctx.scale, grad)
+                    by_key = grad.unflatten(-1, (rel_h.shape[-1], rel_w.shape[-1]))  # (heads, queries, H, W)
+                    grad_rel[0][at], grad_rel[1][at] = by_key.sum(-1), by_key.sum(-2)
+                grad_query, *grad_offsets = torch.autograd.grad(rel, leaves, grad_rel)
+                grad_q, grad_k, grad_v = grad_q + grad_query, grad_k.transpose(1, 2), grad_v.transpose(1, 2)
+                for total, part in zip(grad_tables, grad_offsets, strict=True):
+                    total += part
+                for total, part in zip(grad_tokens, (grad_q, grad_k, grad_v), strict=True):
+                    _add_at(total[image], block, part.transpose(0, 1))
+        grads = zip((*grad_tokens, *grad_tables), saved, strict=True)
+        return *(grad.to(x.dtype) for grad, x in grads), None, None
 
 
-def sdpa_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    rel_h: torch.Tensor | None,
-    rel_w: torch.Tensor | None,
-    scale: float,
-) -> torch.Tensor:
-    """The same attention without ever holding all scores. Arguments and first result as in `eager_attention`."""
-    if rel_h is None:
-        return F.scaled_dot_product_attention(query, key, value, scale=scale)
-    if query.is_cuda or torch.compiler.is_compiling():
-        return folded_attention(query, key, value, rel_h, rel_w, scale)
-    return BandedAttention.apply(query, key, value, rel_h, rel_w, scale)
+def _add_product(total, left, right):
+    """`total += left @ right`; the sum may be of a wider dtype."""
+    if total.dtype == left.dtype:
+        total.baddbmm_(left, right)
+    else:
+        total += left @ right
+
+
+def _add_at(total, block, part):
+    """`total[block] += part`, where tokens may be named several times."""
+    tokens, heads = block
+    if isinstance(tokens, slice):
+        total[block] += part
+    else:
+        total[:, heads].index_add_(0, tokens, part.to(total.dtype))
 
 
 class SamSplitVisionAttention(nn.Module):
@@ -346,53 +379,67 @@ class SamSplitVisionAttention(nn.Module):
 
     def forward(self, hidden_states, output_attentions=False):
         """(B, H, W, C) to the same, and the weights (B * windows * heads, tokens, tokens) or None."""
-        batch, *grid, _ = hidden_states.shape
+        grid = hidden_states.shape[1:3]
         tokens = hidden_states.flatten(1, 2)  # (B, H * W, C)
-        attended_grid = grid
         if self.window_size:
-            attended_grid = (self.window_size, self.window_size)
-            to_windows, from_windows = window_indices(grid, self.window_size, hidden_states.device)
             # One zero token stands for all padding: its query, key and value are whatever the layers, with the
             # biases and adapters they have, make of zero.
             tokens = F.pad(tokens, (0, 0, 0, 1))  # (B, H * W + 1, C)
-
-        def project(layer):
-            projected = layer(tokens).unflatten(-1, (-1, self.head_dim))  # tensor parallelism leaves some heads here
-            if self.window_size:
-                projected = projected.index_select(1, to_windows).unflatten(1, (-1, self.window_size**2)).flatten(0, 1)
-            return projected.transpose(1, 2)  # (B, heads, tokens, D) or (B * windows, heads, S * S, D)
-
-        q, k, v = project(self.q), project(self.k), project(self.v)
-        context, weights = self._attend(q, k, v, attended_grid, output_attentions)
-        context = context.transpose(1, 2).flatten(2).unflatten(0, (batch, -1)).flatten(1, 2)  # (B, all tokens, C)
-        if self.window_size:
-            context = context.index_select(1, from_windows)
-        return self.proj(context).unflatten(1, grid), weights
+        q, k, v = (layer(tokens).unflatten(-1, (-1, self.head_dim)) for layer in (self.q, self.k, self.v))
+        context, weights = self._attend(q, k, v, grid, output_attentions)  # (B, H * W, heads, D)
+        return self.proj(context.flatten(2)).unflatten(1, grid), weights
 
     def _attend(self, q, k, v, grid, output_attentions):
-        rel_h = rel_w = None
-        if self.config.use_rel_pos:
-            rel_h, rel_w = relative_position_scores(q, self.rel_pos_h, self.rel_pos_w, grid)
-        dropout = self.config.attention_dropout if self.training else 0.0
+        """The attention that `attn_implementation` names, on (B, H * W, heads, D), in windows with a zero token more.
+
+        Tensor parallelism leaves only some of the heads here.
+        """
         implementation = self.config._attn_implementation or "sdpa"
+        dropout = self.config.attention_dropout if self.training else 0.0
+        self._check_implementation(implementation, dropout, output_attentions)
+        to_windows = from_windows = by_row = by_column = rel_h = rel_w = weights = None
+        if self.window_size:
+            to_windows, from_windows = window_indices(grid, self.window_size, q.device)
+        if self.config.use_rel_pos:
+            by_row, by_column = (by_offset(table).to(q.dtype) for table in (self.rel_pos_h, self.rel_pos_w))
+        banded = implementation == "sdpa" and q.device.type == "cpu" and not torch.compiler.is_compiling()
+        if banded and self.config.use_rel_pos:
+            with torch.autocast("cpu", enabled=False):
+                context = BandedAttention.apply(q, k, v, by_row, by_column, to_windows, self.scale)
+            return context[:, : grid[0] * grid[1]], None
+
+        if self.window_size:
+            shape, to_windows = to_windows.shape, to_windows.flatten()
+            q, k, v = (x.index_select(1, to_windows).unflatten(1, shape).flatten(0, 1) for x in (q, k, v))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B or B * windows, heads, H * W or S * S, D)
+        if self.config.use_rel_pos:
+            rel_h, rel_w = relative_position_scores(q, by_row, by_column)
+        if implementation == "eager":
+            context, weights = eager_attention(q, k, v, rel_h, rel_w, self.scale, dropout)
+        elif self.config.use_rel_pos:
+            context = folded_attention(q, k, v, rel_h, rel_w, self.scale)
+        else:
+            context = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        context = context.transpose(1, 2)
+        if self.window_size:
+            context = context.unflatten(0, (-1, shape[0])).flatten(1, 2).index_select(1, from_windows)
+        return context, weights.flatten(0, 1) if output_attentions else None
+
+    def _check_implementation(self, implementation, dropout, output_attentions):
         if implementation not in ("sdpa", "eager"):  # set_attn_implementation lets any name pass
             raise ValueError(
                 f"attn_implementation={implementation!r} cannot add relative positions; use 'sdpa' or 'eager'"
             )
-        if implementation == "eager":
-            context, weights = eager_attention(q, k, v, rel_h, rel_w, self.scale, dropout)
-            return context, weights.flatten(0, 1) if output_attentions else None
-        if output_attentions:
+        if implementation == "sdpa" and output_attentions:
             raise ValueError(
                 "output_attentions=True needs all attention scores, and attn_implementation='sdpa' never holds them; "
                 "use attn_implementation='eager'"
             )
-        if dropout:
+        if implementation == "sdpa" and dropout:
             raise ValueError(
                 f"attn_implementation='sdpa' has no dropout, and attention_dropout={dropout}; set it to 0 or use "
                 "attn_implementation='eager'"
             )
-        return sdpa_attention(q, k, v, rel_h, rel_w, self.scale), None
 
 
 class SamSplitVisionLayer(GradientCheckpointingLayer):
@@ -406,22 +453,11 @@ class SamSplitVisionLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states, output_attentions=False):
         attended, weights = self.attn(self.layer_norm1(hidden_states), output_attentions)
         hidden_states = hidden_states + attended
-        return hidden_states + self._mlp(self.layer_norm2(hidden_states)), weights
-
-    def _mlp(self, hidden_states):
-        """The MLP, some tokens at a time.
-
-        Its activations are four times as wide as the tokens, so backward computes them again instead of keeping them,
-        unless the whole layer is checkpointed or compiled.
-        """
-        if torch.compiler.is_compiling():
-            return self.mlp(hidden_states)
-        parts = hidden_states.flatten(0, -2).split(TOKENS_AT_ONCE)
-        if torch.is_grad_enabled() and not self.gradient_checkpointing:
-            parts = [checkpoint(self.mlp, part, use_reentrant=False) for part in parts]
-        else:
-            parts = [self.mlp(part) for part in parts]
-        return torch.cat(parts).view_as(hidden_states)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return hidden_states + self.mlp(self.layer_norm2(hidden_states)), weights
+        for tokens in hidden_states.flatten(0, -2).split(TOKENS_AT_ONCE):
+            tokens += self.mlp(self.layer_norm2(tokens))
+        return hidden_states, weights
 
 
 class SamSplitVisionNeck(nn.Module):

@@ -190,15 +190,23 @@ def attention_inputs(grid: tuple[int, int], trainable_tables: bool) -> tuple[tor
     return *qkv, *tables
 
 
-def attend(backend: Callable, grid: tuple[int, int]) -> Callable:
-    def attention(q, k, v, rel_pos_h, rel_pos_w):
-        return backend(q, k, v, *modeling.relative_position_scores(q, rel_pos_h, rel_pos_w, grid), 0.5)
-
-    return attention
+def by_formula(q, k, v, rel_pos_h, rel_pos_w):
+    """`eager_attention`, with the tables laid out by offset as all backends want them."""
+    return modeling.eager_attention(q, k, v, *scores(q, rel_pos_h, rel_pos_w), 0.5)[0]
 
 
-def formula(*args):
-    return modeling.eager_attention(*args)[0]
+def folded(q, k, v, rel_pos_h, rel_pos_w):
+    return modeling.folded_attention(q, k, v, *scores(q, rel_pos_h, rel_pos_w), 0.5)
+
+
+def banded(q, k, v, rel_pos_h, rel_pos_w):
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    tables = modeling.by_offset(rel_pos_h), modeling.by_offset(rel_pos_w)
+    return modeling.BandedAttention.apply(q, k, v, *tables, None, 0.5).transpose(1, 2)
+
+
+def scores(q, rel_pos_h, rel_pos_w):
+    return modeling.relative_position_scores(q, modeling.by_offset(rel_pos_h), modeling.by_offset(rel_pos_w))
 
 
 @pytest.mark.parametrize("trainable_tables", [True, False])
@@ -207,24 +215,45 @@ def formula(*args):
 @pytest.mark.parametrize("band", [1, 70, 500, 2**20])
 def test_banded_gradients(monkeypatch, grid, trainable_tables, band):
     monkeypatch.setattr(modeling, "BAND_SCORES", band)
-    check_attention(modeling.BandedAttention.apply, grid, trainable_tables)
+    check_attention(banded, by_formula, attention_inputs(grid, trainable_tables))
 
 
 @pytest.mark.parametrize("trainable_tables", [True, False])
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
 def test_folded_gradients(grid, trainable_tables):
-    check_attention(modeling.folded_attention, grid, trainable_tables)
+    check_attention(folded, by_formula, attention_inputs(grid, trainable_tables))
 
 
-def check_attention(backend: Callable, grid: tuple[int, int], trainable_tables: bool):
+@pytest.mark.parametrize("band", [1, 20, 2**20])
+@pytest.mark.parametrize("trainable_tables", [True, False])
+def test_banded_gradients_in_windows(monkeypatch, trainable_tables, band):
+    """Windows of 3 x 3 on a grid of 5 x 4: two of four are padded, and one token is in all the padding."""
+    monkeypatch.setattr(modeling, "BAND_SCORES", band)
+    grid, size = (5, 4), 3
+    to_windows, from_windows = modeling.window_indices(grid, size, torch.device("cpu"))
+    qkv = (draw(2, 5 * 4 + 1, 3, 4, seed=seed).double().requires_grad_() for seed in (1, 2, 3))
+    tables = (draw(2 * size - 1, 4, seed=seed).double().requires_grad_(trainable_tables) for seed in (4, 5))
+
+    def in_windows(q, k, v, *tables):
+        q, k, v = (x[:, to_windows].flatten(0, 1).transpose(1, 2) for x in (q, k, v))
+        context = by_formula(q, k, v, *tables).transpose(1, 2)
+        return context.unflatten(0, (2, -1)).flatten(1, 2)[:, from_windows]
+
+    def ours(q, k, v, *tables):
+        by_row, by_column = (modeling.by_offset(table) for table in tables)
+        return modeling.BandedAttention.apply(q, k, v, by_row, by_column, to_windows, 0.5)[:, : 5 * 4]
+
+    check_attention(ours, in_windows, (*qkv, *tables))
+
+
+def check_attention(backend: Callable, formula: Callable, inputs: tuple[torch.Tensor, ...]):
     """Numerical gradients in a random direction, then values and gradients against the formula's."""
-    inputs = attention_inputs(grid, trainable_tables)
-    assert torch.autograd.gradcheck(attend(backend, grid), inputs, fast_mode=True)
+    assert torch.autograd.gradcheck(backend, inputs, fast_mode=True)
     wanted = [tensor for tensor in inputs if tensor.requires_grad]
-    weight = draw(2, 3, grid[0] * grid[1], 4, seed=5).double()
     results = []
     for function in (backend, formula):
-        output = attend(function, grid)(*inputs)
+        output = function(*inputs)
+        weight = draw(*output.shape, seed=6).double()
         results.append([output, *torch.autograd.grad((output * weight).sum(), wanted)])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)

@@ -92,8 +92,8 @@ def padding_at_the_top_and_left(ours, patch):
         tokens = torch.arange(grid[0] * grid[1]).view(*grid)
         above, left = -grid[0] % size, -grid[1] % size
         padded = nn.functional.pad(tokens, (left, 0, above, 0), value=tokens.numel())
-        windows = padded.unfold(0, size, size).unfold(1, size, size).flatten()
-        return windows, torch.stack([(windows == token).nonzero()[0, 0] for token in tokens.flatten()])
+        windows = padded.unfold(0, size, size).unfold(1, size, size).flatten(2).flatten(0, 1)
+        return windows, torch.stack([(windows.flatten() == token).nonzero()[0, 0] for token in tokens.flatten()])
 
     patch.setattr(modeling, "window_indices", window_indices)
 
@@ -116,12 +116,12 @@ def padding_without_biases(ours, patch):
         linear.register_forward_hook(lambda module, args, output: output * last_is_zero)
 
 
-def windows_in_another_order(ours, patch):
+def windows_by_columns(ours, patch):
     original = modeling.window_indices
 
     def window_indices(grid, size, device):
         to_windows, from_windows = original(grid, size, device)
-        return to_windows.view(2, 2, size, size).transpose(0, 1).flatten(), from_windows
+        return to_windows.unflatten(1, (size, size)).transpose(1, 2).flatten(1), from_windows
 
     patch.setattr(modeling, "window_indices", window_indices)
 
@@ -250,7 +250,7 @@ FORWARD = [
     padding_at_the_top_and_left,
     padding_repeats_the_last_token,
     padding_without_biases,
-    windows_in_another_order,
+    windows_by_columns,
     tanh_gelu_in_the_encoder,
     tanh_gelu_in_the_mask_prompt,
     tanh_gelu_in_the_upscaling,
@@ -319,9 +319,14 @@ FORWARD_OF_KIND = [
 ]
 
 
+def detached(tensor):
+    """Without a gradient, but in the graph, so that asking for its gradient is no error."""
+    return tensor.detach() + 0 * tensor
+
+
 def rel_pos_query_detached(ours, patch):
     original = modeling.relative_position_scores
-    patch.setattr(modeling, "relative_position_scores", lambda query, *tables: original(query.detach(), *tables))
+    patch.setattr(modeling, "relative_position_scores", lambda query, *tables: original(detached(query), *tables))
 
 
 def rel_pos_w_detached(ours, patch):
@@ -329,7 +334,7 @@ def rel_pos_w_detached(ours, patch):
     patch.setattr(
         modeling,
         "relative_position_scores",
-        lambda query, rel_h, rel_w, grid: original(query, rel_h, rel_w.detach(), grid),
+        lambda query, by_row, by_column: original(query, by_row, detached(by_column)),
     )
 
 

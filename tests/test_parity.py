@@ -206,19 +206,27 @@ def test_attention_in_bands(theirs, ours, monkeypatch, band_scores):
 def test_attention_backends(backend, head_dim):
     """Both ways of `sdpa`, whichever device they are meant for, are the formula: values and all five gradients."""
     rows, columns, heads, scale = 3, 5, 4, head_dim**-0.5
-    shapes = [(2, heads, rows * columns, size) for size in (head_dim, head_dim, head_dim, rows, columns)]
+    shapes = [(2, heads, rows * columns, head_dim)] * 3 + [(rows, rows, head_dim), (columns, columns, head_dim)]
     leaves = [draw(*shape, seed=seed) for seed, shape in enumerate(shapes)]
     ask = draw(2, heads, rows * columns, head_dim, seed=9)
 
+    def formula(q, k, v, *tables):
+        return modeling.eager_attention(q, k, v, *modeling.relative_position_scores(q, *tables), scale)[0]
+
+    def folded(q, k, v, *tables):
+        return modeling.folded_attention(q, k, v, *modeling.relative_position_scores(q, *tables), scale)
+
+    def banded(q, k, v, *tables):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return modeling.BandedAttention.apply(q, k, v, *tables, None, scale).transpose(1, 2)
+
     def run(attention):
         tensors = [leaf.clone().requires_grad_() for leaf in leaves]
-        result = attention(*tensors, scale)
-        result = result[0] if isinstance(result, tuple) else result
+        result = attention(*tensors)
         return {"context": result.detach()}, dict(enumerate(torch.autograd.grad(result, tensors, ask)))
 
-    backends = {"folded": modeling.folded_attention, "banded": modeling.BandedAttention.apply}
-    values, gradients = run(backends[backend])
-    expected_values, expected_gradients = run(modeling.eager_attention)
+    values, gradients = run({"folded": folded, "banded": banded}[backend])
+    expected_values, expected_gradients = run(formula)
     assert_same_outputs(values, expected_values)
     assert_same_outputs(gradients, expected_gradients)
 
