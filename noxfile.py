@@ -29,7 +29,7 @@ OLDEST, *_, NEWEST = PINS
 PYTEST = ("-m", "pytest", "--numprocesses=2", "--dist=worksteal", "--durations=15")
 # What no version of transformers or peft changes, or takes long, is run on the newest alone.
 SLOW = "benchmarks card demo examples faults faults_fuzz hub_server image_size key_map loss memory mutations"
-NEWEST_ONLY = (*SLOW.split(), "parity_vit_b", "push", "push_faults", "push_folder", "training")
+NEWEST_ONLY = (*SLOW.split(), "parity_vit_b", "push", "push_faults", "push_folder", "quantised", "training")
 OFFLINE = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 MATRIX = Path("tests/matrix.md")
 
@@ -115,8 +115,10 @@ def _python(session, version: str) -> str:
     if python is None:
         session.run("uv", "venv", "--python", "python", str(folder))
         python = next(path for path in folder.glob("*/python*") if path.stem == "python")
-    wanted = ["--upgrade"] if version == NEWEST else [f"transformers=={version}", *PINS[version]]
-    session.run("uv", "pip", "install", "--quiet", "--python", str(python), "--editable", ".[test]", *wanted)
+    wanted = [".[test]", f"transformers=={version}", *PINS[version]]
+    if version == NEWEST:
+        wanted = [".[test,quantised]", "--upgrade"]
+    session.run("uv", "pip", "install", "--quiet", "--python", str(python), "--editable", *wanted)
     return str(python)
 
 
