@@ -37,9 +37,10 @@ MATRIX = Path("tests/matrix.md")
 @nox.session
 def lint(session):
     """Style and types. Minor versions are fixed, because the next one may see another way."""
-    session.install("ruff~=0.17.6")
+    session.install("ruff~=0.17.6", "mypy~=2.4.1")
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
+    session.run("mypy")
 
 
 @nox.session
