@@ -1,7 +1,8 @@
-"""The examples do what they say: an adapter of the tiny SAM learns coins, and three kinds of data are read alike."""
+"""The examples do what they say: the tiny SAM segments, its adapters learn coins, and data is read or refused."""
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from peft import PeftModel
 from PIL import Image
 from pycocotools import mask as coco_mask
 from safetensors.torch import load_file
-from transformers import AutoModel
+from transformers import AutoModel, SamModel
 
 from conversion import convert
+from sam_split.training import boxes_around, iou_and_dice
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -51,6 +53,22 @@ def run(base, data, out, *options, quick=True):
     return finetune.main([str(base), str(data), str(out), *(QUICK if quick else []), *options])
 
 
+def test_tiny_sam_segments_unseen_shapes(base):
+    """Ours and stock's, from a box; the box itself is no answer."""
+    shapes = script("tiny_sam/train_tiny_sam.py")
+    images, labels = shapes.pictures(7, 32)
+    boxes = boxes_around(labels)
+    for model in (AutoModel.from_pretrained(base), SamModel.from_pretrained(EXAMPLES / "tiny_sam" / "checkpoint")):
+        with torch.no_grad():
+            pixels = shapes.normalised(images)
+            masks = model.eval()(pixel_values=pixels, input_boxes=boxes, multimask_output=False).pred_masks
+        assert iou_and_dice(masks[:, :, 0], labels)[0].mean() >= 0.83
+    y, x = torch.meshgrid(torch.arange(128), torch.arange(128), indexing="ij")
+    x0, y0, x1, y1 = boxes[..., None, None].unbind(2)
+    filled = ((x >= x0) & (x <= x1) & (y >= y0) & (y <= y1)).float() - 0.5
+    assert iou_and_dice(filled, labels)[0].mean() < 0.75
+
+
 def test_adapter_learns_coins(base, coins, tmp_path):
     """Held-out coins gain, the base keeps its bits, every tensor of the adapter moves, and the files are there."""
     assert run(base, coins / "train", tmp_path, "--val", str(coins / "test"), "--steps", "30") == 0
@@ -71,6 +89,55 @@ def test_adapter_learns_coins(base, coins, tmp_path):
         plain = name.replace(".base_layer", "")
         if "lora" not in plain:
             assert torch.equal(tensor, checkpoint[plain]), name
+
+
+@pytest.mark.parametrize(
+    ("preset", "trained"),
+    [
+        ("encoder-qkv", {"q", "k", "v"}),
+        ("fused", {"qkv"}),
+        ("late", {"q", "v"}),
+        ("decoder", {"q_proj", "k_proj", "v_proj", "out_proj", "lin1", "lin2"}),
+        ("encoder+decoder", {"q", "v", "q_proj", "k_proj", "v_proj", "out_proj", "lin1", "lin2"}),
+    ],
+)
+def test_presets(base, coins, tmp_path, preset, trained):
+    assert run(base, coins / "test", tmp_path, "--preset", preset, "--steps", "2", "--late-layers", "1") == 0
+    adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {name.split(".")[-3] for name in adapter} == trained
+    assert all(tensor.abs().max() > 0 for name, tensor in adapter.items()), "each was reached by a gradient"
+    if preset == "late":
+        assert {re.search(r"layers\.(\d+)", name)[1] for name in adapter} == {"3"}, "by its number in the whole model"
+        PeftModel.from_pretrained(AutoModel.from_pretrained(base), tmp_path / "adapter")
+        files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
+        assert len(files) == 10, "one for each picture"
+        again = ["--steps", "1", "--late-layers", "1", "--preset", "late"]
+        assert run(base, coins / "test", tmp_path, *again) == 0
+        assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
+
+
+def test_resumed_equals_uninterrupted(base, coins, tmp_path, monkeypatch):
+    options = ["--epochs", "2", "--corrections", "1"]  # 4 steps each
+    assert run(base, coins / "test", tmp_path / "whole", *options) == 0
+
+    class Killed(Exception):
+        pass
+
+    def die(self, *args, **kwargs):
+        if self.state.global_step == 5:
+            raise Killed
+        return step(self, *args, **kwargs)
+
+    step = finetune.PromptTrainer.compute_loss
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune.PromptTrainer, "compute_loss", die)
+        with pytest.raises(Killed):
+            run(base, coins / "test", tmp_path / "cut", *options)
+    assert run(base, coins / "test", tmp_path / "cut", *options, "--resume") == 0
+    whole, cut = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "cut"))
+    assert whole.keys() == cut.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, cut[name]), name
 
 
 def picture_folder(folder, number=4):
@@ -97,8 +164,6 @@ def test_folder_coco_and_dataset_agree(tmp_path):
     coco = tmp_path / "coco"
     coco.mkdir()
     (folder / "images").rename(coco / "images")
-    (coco / "images").rename(coco / "kept")
-    (coco / "kept").rename(coco / "images")
     images, annotations = [], []
     for i in range(4):
         images.append({"id": i, "file_name": f"{i}.png", "height": 40, "width": 60})
@@ -127,3 +192,51 @@ def test_folder_coco_and_dataset_agree(tmp_path):
             assert np.array_equal(np.asarray(ours["image"]), np.asarray(theirs["image"]))
     with pytest.raises(ValueError, match="has no column 'truth'; it has image, mask"):
         finetune.readers(tmp_path / "saved", args(**{"--mask-column": "truth"}))
+
+
+def spoil_image(folder):
+    path = folder / "images" / "2.png"
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def spoil_size(folder):
+    Image.new("L", (50, 40), 1).save(folder / "masks" / "2.png")
+
+
+def spoil_content(folder):
+    Image.new("L", (60, 40), 0).save(folder / "masks" / "2.png")
+
+
+def spoil_mode(folder):
+    Image.new("RGB", (60, 40), (1, 2, 3)).save(folder / "masks" / "2.png")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (spoil_image, "2.png: .*--skip-bad"),
+        (spoil_size, r"2.png: masks of example '2.png' must be .* like its image, \(1, 40, 60\), got \(1, 40, 50\)"),
+        (spoil_content, "2.png: example '2.png' has no object"),
+        (spoil_mode, "2.png: a mask must have one channel, got shape"),
+    ],
+)
+def test_bad_pictures(base, tmp_path, capsys, spoil, message):
+    folder = picture_folder(tmp_path / "data")
+    spoil(folder)
+    with pytest.raises(ValueError, match=message):
+        finetune.Pictures(finetune.readers(folder, args()), False)[2]
+    kept = finetune.Pictures(finetune.readers(folder, args()), True)
+    assert [kept[i]["name"] for i in range(4)] == ["0.png", "1.png", "3.png", "3.png"]
+    assert "skipped 2.png" in capsys.readouterr().err
+    if spoil is spoil_image:
+        options = "--epochs", "1", "--holdout", "0.5"
+        assert run(base, folder, tmp_path / "out", *options) == 2
+        assert "finetune_lora: error: 2.png: " in capsys.readouterr().err
+        assert run(base, folder, tmp_path / "out", *options, "--skip-bad") == 0
+
+
+def test_missing_mask(base, tmp_path, capsys):
+    folder = picture_folder(tmp_path / "data")
+    (folder / "masks" / "1.png").unlink()
+    assert run(base, folder, tmp_path / "out") == 2
+    assert "1.png has no mask" in capsys.readouterr().err

@@ -1,13 +1,13 @@
-"""Train a tiny SAM from nothing on generated shapes, about half a second a step on one core.
+"""Train a tiny SAM from nothing on generated shapes, in about twelve minutes on one core.
 
-    python examples/tiny_sam/train_tiny_sam.py OUT
+    OMP_NUM_THREADS=1 python examples/tiny_sam/train_tiny_sam.py OUT
 
 It stands in for Meta's checkpoints where there is no network: 128 pixels, four layers of 96 channels, windowed and
 global ones, in the format of transformers' `SamModel`. Its masks mean something on pictures of simple objects; it has
 seen no photograph, which leaves fine-tuning something to do. The same seed, versions and machine give the same file.
 
-The checkpoint beside this script had 900 steps with smaller shapes and more clicks, then 700 with these settings
-(`--start`). On 64 unseen pictures it reaches a mean IoU of 0.789 from a box, still rising.
+The checkpoint beside this script is what the command above wrote. On 64 unseen pictures its mean IoU from a box is
+0.846, where the box itself has 0.70.
 """
 
 import argparse
@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import SamImageProcessor, SamModel, SamProcessor
+from transformers import SamImageProcessor, SamProcessor
 
-from conversion import fuse, split_state_dict
+from conversion import fuse
 from sam_split import SamSplitConfig, SamSplitModel
 from sam_split.training import boxes_around, iou_and_dice, simulate_prompts
 
@@ -33,7 +33,7 @@ CONFIG = {
         "num_attention_heads": 3,
         "image_size": SIZE,
         "patch_size": 8,
-        "window_size": 7,  # 16 x 16 tokens, so windows are padded as in the real model
+        "window_size": 6,  # 16 x 16 tokens, so windows are padded as in the real model
         "global_attn_indexes": [1, 3],
         "num_pos_feats": 32,
         "mlp_dim": 192,
@@ -46,8 +46,9 @@ CONFIG = {
         "iou_head_hidden_dim": 64,
     },
 }
-MEAN, DEVIATION = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])  # as SamProcessor normalises
-OBJECTS = 4  # in a picture
+MEAN, DEVIATION = (torch.tensor(v)[:, None, None] for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+OBJECTS = 3  # in a picture
+POOL = 1500  # pictures to train on, each seen in many views: drawing them anew would take a fifth of the time
 
 
 def smooth_noise(rng, cells):
@@ -75,70 +76,86 @@ def outline(rng, angle):
 
 
 def picture(rng):
-    """A picture (3, SIZE, SIZE), normalised, and masks (OBJECTS, SIZE, SIZE) of what can be seen of its objects."""
+    """A picture (SIZE, SIZE, 3) of bytes and masks (OBJECTS, SIZE, SIZE) of what can be seen of its objects."""
     y, x = np.mgrid[:SIZE, :SIZE]
     grey = rng.random() < 0.5
 
-    def colour():
-        return np.full(3, rng.random()) if grey else rng.random(3)
-
     def surface():
+        colour = np.full(3, rng.random()) if grey else rng.random(3)
         broad, fine = (noise[rng.integers(len(noise))] for noise in (BROAD_NOISE, FINE_NOISE))
-        return colour() + (rng.uniform(0, 0.12) * broad + rng.uniform(0, 0.1) * fine)[..., None]
+        return colour + (rng.uniform(0, 0.1) * broad + rng.uniform(0, 0.06) * fine)[..., None]
 
     while True:
-        image, owner = surface(), np.zeros((SIZE, SIZE), int)
+        image, owner, whole = surface(), np.zeros((SIZE, SIZE), int), []
         for number in range(1, OBJECTS + 1):
-            cx, cy = rng.uniform(0.1, 0.9, 2) * SIZE
-            radius, stretch, turn = rng.uniform(9, 30), rng.uniform(0.55, 1), rng.uniform(0, math.pi)
+            cx, cy = rng.uniform(0.12, 0.88, 2) * SIZE
+            radius, stretch, turn = rng.uniform(12, 34), rng.uniform(0.55, 1), rng.uniform(0, math.pi)
             u = ((x - cx) * math.cos(turn) + (y - cy) * math.sin(turn)) / radius
             v = ((y - cy) * math.cos(turn) - (x - cx) * math.sin(turn)) / (radius * stretch)
             inside = np.hypot(u, v) < outline(rng, np.arctan2(v, u))
             paint = surface()
             for _ in range(20):  # what has the colour of its surroundings cannot be told apart
-                if np.abs(paint[inside].mean(0) - image[inside].mean(0)).max() > 0.15:
+                if np.abs(paint[inside].mean(0) - image[inside].mean(0)).max() > 0.2:
                     break
                 paint = surface()
             image[inside], owner[inside] = paint[inside], number
+            whole.append(inside.sum())
         masks = owner == np.arange(1, OBJECTS + 1)[:, None, None]
-        if masks.sum((1, 2)).min() >= 120:
+        if (masks.sum((1, 2)) >= np.maximum(150, 0.6 * np.array(whole))).all():  # few are hidden by others
             break
-    image = image + rng.uniform(0, 0.06) * rng.standard_normal(image.shape)
-    image = (np.clip(image, 0, 1) - MEAN) / DEVIATION
-    return image.transpose(2, 0, 1), masks
+    image = image + rng.uniform(0, 0.05) * rng.standard_normal(image.shape)
+    return (255 * np.clip(image, 0, 1)).astype(np.uint8), masks
 
 
-def batch(rng, size):
-    images, masks = zip(*(picture(rng) for _ in range(size)), strict=True)
-    return torch.from_numpy(np.stack(images)).float(), torch.from_numpy(np.stack(masks)).to(torch.int8)
+def pictures(seed, number):
+    """Pictures (number, 3, SIZE, SIZE) of bytes and masks (number, OBJECTS, SIZE, SIZE)."""
+    rng = np.random.default_rng(seed)
+    images, masks = zip(*(picture(rng) for _ in range(number)), strict=True)
+    return torch.from_numpy(np.stack(images)).movedim(-1, 1), torch.from_numpy(np.stack(masks)).to(torch.int8)
+
+
+def normalised(images):
+    """`pixel_values` of bytes, as SamProcessor makes them."""
+    return (images / 255 - MEAN) / DEVIATION
+
+
+def another_view(images, masks, rng):
+    """The same pictures mirrored, transposed and with colours exchanged, one way for all."""
+    images = images[:, rng.permutation(3)]
+    if rng.random() < 0.5:
+        images, masks = images.mT, masks.mT
+    for side in (-1, -2):
+        if rng.random() < 0.5:
+            images, masks = images.flip(side), masks.flip(side)
+    return images, masks
 
 
 @torch.no_grad()
-def mean_iou(model, seed, pictures=64):
+def mean_iou(model, seed, number=64):
     """Mean IoU over the objects of unseen pictures, each prompted with the box around it."""
     model.eval()
-    pixels, labels = batch(np.random.default_rng(seed), pictures)
-    output = model(pixel_values=pixels, input_boxes=boxes_around(labels), multimask_output=False)
+    images, labels = pictures(seed, number)
+    output = model(pixel_values=normalised(images), input_boxes=boxes_around(labels), multimask_output=False)
     return iou_and_dice(output.pred_masks[:, :, 0], labels)[0].mean().item()
 
 
-def train(steps, seed, start=None, batch_size=8):
+def train(steps, seed, batch_size=8):
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     model = SamSplitModel(SamSplitConfig(**CONFIG)).train()
     for module in model.modules():  # a deviation of 0.02 suits wide layers, and leaves these mute
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
-    if start:
-        model.load_state_dict(split_state_dict(SamModel.from_pretrained(start).state_dict()))
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1.5e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1.5e-3, steps, pct_start=0.1)
+    optimiser = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, steps, pct_start=0.1)
+    images, masks = pictures(seed, POOL)
     began, total = time.time(), 0.0
     for step in range(1, steps + 1):
-        pixels, labels = batch(rng, batch_size)
-        embeddings = model.get_image_embeddings(pixels)
+        chosen = rng.choice(POOL, batch_size, replace=False)
+        pixels, labels = another_view(images[chosen], masks[chosen], rng)
+        embeddings = model.get_image_embeddings(normalised(pixels))
         # Most steps are a first box. A click is harder to learn from, and so is the correction of what came out.
-        rounds, clicks_only = int(rng.random() < 0.25), rng.random() < 0.25
+        rounds, clicks_only = int(rng.random() < 0.1), rng.random() < 0.15
         prompts = simulate_prompts(model, embeddings.detach(), labels, rounds, points_only=clicks_only)
         loss = model(image_embeddings=embeddings, **prompts, labels=labels).loss
         optimiser.zero_grad()
@@ -156,11 +173,10 @@ def train(steps, seed, start=None, batch_size=8):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("out", type=Path, help="folder to make: a stock SamModel with its processor")
-    parser.add_argument("--steps", type=int, default=900)
-    parser.add_argument("--start", type=Path, help="a folder that this script made, to go on from")
+    parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    model = train(args.steps, args.seed, args.start)
+    model = train(args.steps, args.seed)
     print(f"mean IoU on unseen shapes, from a box: {mean_iou(model, seed=10**6):.3f}")
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
