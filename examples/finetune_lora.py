@@ -286,6 +286,7 @@ def train(args):
         weight_decay=0.0,
         lr_scheduler_type="cosine",
         bf16=args.bf16,
+        use_cpu=not torch.accelerator.is_available(),  # said aloud, or Trainer refuses bf16 there
         seed=args.seed,
         eval_strategy="epoch",
         save_strategy="epoch",

@@ -17,9 +17,11 @@ from safetensors.torch import load_file
 from transformers import AutoModel, SamModel
 
 from conversion import convert
+from conversion.cli import main
 from sam_split.training import boxes_around, iou_and_dice
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
 
 
 def script(name):
@@ -240,3 +242,33 @@ def test_missing_mask(base, tmp_path, capsys):
     (folder / "masks" / "1.png").unlink()
     assert run(base, folder, tmp_path / "out") == 2
     assert "1.png has no mask" in capsys.readouterr().err
+
+
+def test_readme_section(tmp_path, monkeypatch):
+    """Its commands run as printed, the training cut short, and its figures are those of the committed table."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Fine-tune on your")[1].split("\n## ")[0]
+    (block,) = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
+    (tmp_path / "examples").symlink_to(EXAMPLES)
+    monkeypatch.chdir(tmp_path)
+    convert_it, make_coins, train_it = (line.split() for line in block.strip().splitlines())
+    assert convert_it[0] == "sam-split"
+    assert main(convert_it[1:]) == 0
+    assert make_coins[:2] == ["python", "examples/coins.py"]
+    monkeypatch.setattr(sys, "argv", make_coins[1:])
+    script("coins.py").main()
+    assert train_it[:2] == ["python", "examples/finetune_lora.py"]
+    assert finetune.main([*train_it[2:], "--steps", "1"]) == 0
+    assert Path("coins-adapter/adapter/adapter_model.safetensors").is_file()
+    measured = re.findall(r"0\.\d{3,4}\b", (EXAMPLES / "results" / "coins.md").read_text(encoding="utf-8"))
+    quoted = re.findall(r"0\.\d{3}\b", section)
+    assert len(quoted) == 3
+    assert set(quoted) <= {f"{float(figure):.3f}" for figure in measured}
+
+
+def test_options_together(base, coins, tmp_path):
+    """Low precision, checkpointing and clicks run, and what gains nothing stops early: a rate of 0."""
+    options = ["--lr", "0", "--epochs", "3", "--patience", "1", "--bf16", "--checkpointing", "--corrections", "1"]
+    assert run(base, coins / "test", tmp_path, *options) == 0
+    saved = sorted((tmp_path / "checkpoints").iterdir(), key=lambda path: int(path.name.split("-")[1]))
+    state = json.loads((saved[-1] / "trainer_state.json").read_text())
+    assert state["epoch"] == 2
