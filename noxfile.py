@@ -131,8 +131,9 @@ def _run(session, version: str, *arguments: str, **options) -> None:
 
 def _versions(session, version: str) -> dict[str, str]:
     """What is installed in that version's environment."""
-    listed = "uv", "pip", "list", "--format=json", "--python", _python(session, version)
-    return {package["name"]: package["version"] for package in json.loads(session.run(*listed, silent=True))}
+    script = "import json, importlib.metadata as m; print(json.dumps({d.name: d.version for d in m.distributions()}))"
+    printed = session.run(_python(session, version), "-c", script, silent=True, external=True)
+    return json.loads(printed.splitlines()[-1])
 
 
 def _ignored() -> list[str]:
@@ -144,7 +145,7 @@ def _row(session, version: str) -> str:
     report, started = Path(session.create_tmp()) / f"{version}.xml", time.monotonic()
     _run(session, version, *PYTEST, *_ignored(), f"--junitxml={report}")
     suite, installed = ElementTree.parse(report).find("testsuite").attrib, _versions(session, version)
-    names = [installed[name] for name in ("transformers", "peft", "huggingface-hub", "torch")]
+    names = [installed[name] for name in ("transformers", "peft", "huggingface_hub", "torch")]
     tests = f"{int(suite['tests']) - int(suite['skipped'])} passed, {suite['skipped']} skipped"
     return f"| {' | '.join(names)} | {tests} | {time.monotonic() - started:.0f} |"
 
