@@ -10,7 +10,7 @@ BASE is what `sam-split convert` made. DATA is one of
 
 Every object is prompted with the box around its mask, which training moves about as a person would, and with
 `--corrections` by clicks on errors. OUT gets `adapter/` with its card, `results.json` and `overlays.png`; several
-presets at a time run one after the other, each in OUT/PRESET, and end in one table. `accelerate launch` takes this
+presets at a time run one after the other, each in OUT/PRESET, and end in one table. `torchrun` takes this
 script as it is.
 """
 

@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -272,3 +274,16 @@ def test_options_together(base, coins, tmp_path):
     saved = sorted((tmp_path / "checkpoints").iterdir(), key=lambda path: int(path.name.split("-")[1]))
     state = json.loads((saved[-1] / "trainer_state.json").read_text())
     assert state["epoch"] == 2
+
+
+def test_two_processes(base, coins, tmp_path):
+    """Eight pictures are one epoch of two steps: two processes with two pictures each. One alone would see half."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [EXAMPLES / "finetune_lora.py", base, coins / "test", tmp_path, *QUICK, "--steps", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*launcher, *map(str, command)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    state = json.loads((tmp_path / "checkpoints" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["epoch"] == 1
+    adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert all(tensor.abs().max() > 0 for tensor in adapter.values())
