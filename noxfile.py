@@ -131,7 +131,8 @@ def _run(session, version: str, *arguments: str, **options) -> None:
 
 def _versions(session, version: str) -> dict[str, str]:
     """What is installed in that version's environment."""
-    script = "import json, importlib.metadata as m; print(json.dumps({d.name: d.version for d in m.distributions()}))"
+    found = "{d.name.replace('-', '_'): d.version for d in m.distributions()}"
+    script = f"import json, importlib.metadata as m; print(json.dumps({found}))"
     printed = session.run(_python(session, version), "-c", script, silent=True, external=True)
     return json.loads(printed.splitlines()[-1])
 
