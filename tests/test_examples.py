@@ -60,13 +60,13 @@ def run(base, data, out, *options, quick=True):
 def test_tiny_sam_segments_unseen_shapes(base):
     """Ours and stock's, from a box; the box itself is no answer."""
     shapes = script("tiny_sam/train_tiny_sam.py")
-    images, labels = shapes.pictures(7, 32)
+    images, labels = shapes.pictures(10**6, 256)
     boxes = boxes_around(labels)
     for model in (AutoModel.from_pretrained(base), SamModel.from_pretrained(EXAMPLES / "tiny_sam" / "checkpoint")):
         with torch.no_grad():
             pixels = shapes.normalised(images)
             masks = model.eval()(pixel_values=pixels, input_boxes=boxes, multimask_output=False).pred_masks
-        assert iou_and_dice(masks[:, :, 0], labels)[0].mean() >= 0.83
+        assert iou_and_dice(masks[:, :, 0], labels)[0].mean() >= 0.85
     y, x = torch.meshgrid(torch.arange(128), torch.arange(128), indexing="ij")
     x0, y0, x1, y1 = boxes[..., None, None].unbind(2)
     filled = ((x >= x0) & (x <= x1) & (y >= y0) & (y <= y1)).float() - 0.5

@@ -6,8 +6,8 @@ It stands in for Meta's checkpoints where there is no network: 128 pixels, four 
 global ones, in the format of transformers' `SamModel`. Its masks mean something on pictures of simple objects; it has
 seen no photograph, which leaves fine-tuning something to do. The same seed, versions and machine give the same file.
 
-The checkpoint beside this script is what the command above wrote. On 64 unseen pictures its mean IoU from a box is
-0.846, where the box itself has 0.70.
+The checkpoint beside this script is what the command above wrote. On 256 unseen pictures its mean IoU from a box is
+0.857, where the box itself has 0.70.
 """
 
 import argparse
@@ -131,7 +131,7 @@ def another_view(images, masks, rng):
 
 
 @torch.no_grad()
-def mean_iou(model, seed, number=64):
+def mean_iou(model, seed, number=256):
     """Mean IoU over the objects of unseen pictures, each prompted with the box around it."""
     model.eval()
     images, labels = pictures(seed, number)
