@@ -1039,6 +1039,10 @@ class SamSplitPreTrainedModel(PreTrainedModel):
         after = _samples(self)
         self._drawn_tensors = [name for name in before if not torch.equal(before[name], after[name])]
 
+    @classmethod
+    def _can_set_attn_implementation(cls):
+        return True  # each attention asks its config; transformers would look for calls that its own files make
+
     @torch.no_grad()
     def _init_weights(self, module):
         # Only torch.nn.init: transformers 5 guards it, so that it leaves loaded weights alone.
@@ -1087,13 +1091,12 @@ class SamSplitPreTrainedModel(PreTrainedModel):
 
 
 def _samples(model):
-    """Name -> the bits of some elements of each tensor that is in memory; they differ once it is drawn anew."""
+    """Name -> the bits of the first elements of each tensor in memory; they differ once it is drawn anew."""
     samples = {}
     for name, tensor in model.state_dict().items():
         tensor = getattr(tensor, "_local_tensor", tensor)  # a sharded tensor's part on this device
         if type(tensor) is torch.Tensor and tensor.device.type != "meta":  # quantised ones are never drawn
-            tensor = tensor.flatten()
-            samples[name] = tensor[:: max(1, len(tensor) // 8)].clone().view(torch.uint8)
+            samples[name] = tensor.flatten()[:8].clone().view(torch.uint8)
     return samples
 
 
@@ -1290,12 +1293,12 @@ class SamSplitModel(SamSplitPreTrainedModel):
             given = "neither" if pixel_values is None else "both"
             raise ValueError(f"give either pixel_values or image_embeddings, got {given}")
         output_attentions = _default(output_attentions, self.config, "output_attentions")
-        vision = SamSplitVisionEncoderOutput(last_hidden_state=image_embeddings)
         if pixel_values is not None:
             output_hidden_states = _default(output_hidden_states, self.config, "output_hidden_states")
             vision = self.vision_encoder(pixel_values, output_attentions, output_hidden_states)
         else:
             self._check_image_embeddings(image_embeddings)
+            vision = SamSplitVisionEncoderOutput(last_hidden_state=image_embeddings)
         image_embeddings = vision.last_hidden_state
 
         batch, device = image_embeddings.shape[0], image_embeddings.device

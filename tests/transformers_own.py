@@ -19,7 +19,6 @@ from sam_split import SamSplitModel
 
 REFUSED = "loads a checkpoint without weights, which we refuse on purpose"
 SDPA = "asks sdpa for attention weights: stock returns none, we raise; test_eager_outputs_equivalence asks eager"
-SWITCH = "transformers finds in the source of its own files which model can switch"
 
 # Tests that stock passes and this model cannot, and why.
 NOT_APPLICABLE = {
@@ -29,8 +28,6 @@ NOT_APPLICABLE = {
     "test_model_outputs_equivalence": SDPA,
     "test_eager_matches_sdpa_inference_24_fp32_pad_left_output_attentions": SDPA,
     "test_capture_outputs_decorator": "is about a decorator of transformers >= 5, and one file serves 4.57 as well",
-    "test_can_set_attention_dynamically": SWITCH,
-    "test_can_set_attention_dynamically_composite_model": SWITCH,
 }
 
 
