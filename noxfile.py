@@ -29,7 +29,7 @@ OLDEST, *_, NEWEST = PINS
 PYTEST = ("-m", "pytest", "--numprocesses=2", "--dist=worksteal", "--durations=15")
 # What no version of transformers or peft changes, or takes long, is run on the newest alone.
 SLOW = "benchmarks card changelog demo examples faults faults_fuzz hub_server image_size key_map loss memory mutations"
-NEWEST_ONLY = (*SLOW.split(), "parity_vit_b", "push", "push_faults", "push_folder", "quantised", "training")
+NEWEST_ONLY = (*SLOW.split(), "parity_vit_b", "push", "push_faults", "push_folder", "quantised", "training", "training_equal")
 OFFLINE = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 MATRIX = Path("tests/matrix.md")
 
