@@ -91,7 +91,7 @@ def test_two_processes(whole, tmp_path):
 
 
 def test_cached_prefix_saves_its_layers():
-    """Counted in arithmetic, which does not depend on the machine: a step without the prefix lacks exactly its work."""
+    """Counted in operations, whatever the machine: a step without the prefix lacks exactly its work."""
     config = LoraConfig(r=4, target_modules=r".*layers\.3\.attn\.(q|v)")
     whole, cut = (split_model(stock_model(tiny_config(num_hidden_layers=4))) for _ in range(2))
     with FlopCounterMode(display=False) as prefix:
