@@ -60,7 +60,7 @@ def test_named_files_exist():
 
 def test_figures_are_measured_ones():
     measured = set(re.findall(r"\d+\.\d+", (ROOT / "benchmarks/results/cpu.md").read_text(encoding="utf-8")))
-    section = README[README.index("## Speed and memory") : README.index("## Fine-tune on your pictures")]
+    section = README[README.index("## Speed and memory") : README.index("## Fine-tune on your data")]
     quoted = re.findall(r"\d+\.\d+", section)
     assert len(quoted) > 5
     assert set(quoted) <= measured
