@@ -402,7 +402,7 @@ class SamSplitVisionAttention(nn.Module):
             to_windows, from_windows = window_indices(grid, self.window_size, q.device)
         if self.config.use_rel_pos:
             by_row, by_column = (by_offset(table).to(q.dtype) for table in (self.rel_pos_h, self.rel_pos_w))
-        banded = implementation == "sdpa" and q.device.type == "cpu" and not torch.compiler.is_compiling()
+        banded = implementation == "sdpa" and not (q.is_cuda or torch.compiler.is_compiling())
         if banded and self.config.use_rel_pos:
             with torch.autocast("cpu", enabled=False):
                 context = BandedAttention.apply(q, k, v, by_row, by_column, to_windows, self.scale)

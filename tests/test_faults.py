@@ -226,7 +226,8 @@ def test_a_bit_that_flips_on_its_way_to_the_disk_is_noticed(stock_folder, tmp_pa
 def test_the_whole_command_from_a_shell(stock_folder, expected, tmp_path):
     argv = [sys.executable, "-m", "conversion", *command("convert", stock_folder, tmp_path / "out")]
     run = subprocess.run(argv, capture_output=True, text=True)
-    assert (run.returncode, run.stderr) == (0, "")
+    ours = [line for line in run.stderr.splitlines() if "torch/utils/_pytree.py" not in line]  # said of torchao
+    assert (run.returncode, ours) == (0, [])
     assert_whole(tmp_path / "out", expected)
     run = subprocess.run(argv, capture_output=True, text=True)
     assert run.returncode == 2
