@@ -21,7 +21,7 @@ from .key_map import Origin
 # The floating-point types of released checkpoints, under safetensors' names.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-MAPPED_BYTES = 24 * 2**20  # read from one mapping of safetensors before it is let go and made anew
+MAPPED_BYTES = 32 * 2**20  # read from one mapping of safetensors before it is let go and made anew
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,10 @@ class Tensors(Mapping):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         raise NotImplementedError
+
+    def parts(self, name: str) -> Iterator[torch.Tensor]:
+        """The tensor in blocks of rows, one after the other: what is stacked need not be in memory at once."""
+        yield self[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)
@@ -69,16 +73,20 @@ class _Files(Tensors):
         self.specs, self._paths = {}, {}
         self._opened, self._opened_path = None, None
         for path in paths:
-            for name, spec in self._specs_of(path).items():
+            self._turn_to(path)
+            for name, spec in self._specs_of_opened().items():
                 if name in self.specs:
                     raise ConversionError(f"{name!r} is both in {self._paths[name].name} and in {path.name}")
                 self.specs[name], self._paths[name] = spec, path
 
     def __getitem__(self, name):
-        if self._paths[name] != self._opened_path:
-            self._opened = None  # before the next file is opened
-            self._opened, self._opened_path = self._open(self._paths[name]), self._paths[name]
+        self._turn_to(self._paths[name])
         return self._read(name)
+
+    def _turn_to(self, path):
+        if path != self._opened_path:
+            self._opened = None  # before the next file is opened
+            self._opened, self._opened_path = self._open(path), path
 
 
 class SafetensorsFiles(_Files):
@@ -96,12 +104,12 @@ class SafetensorsFiles(_Files):
         except SafetensorError as error:
             raise ConversionError(f"{path} is not a whole safetensors file ({error}); fetch it again") from error
 
-    def _specs_of(self, path):
-        file, specs = self._open(path), {}
-        for name in file.keys():
-            shape, dtype = tuple(file.get_slice(name).get_shape()), file.get_slice(name).get_dtype()
+    def _specs_of_opened(self):
+        specs = {}
+        for name in self._opened.keys():
+            shape, dtype = tuple(self._opened.get_slice(name).get_shape()), self._opened.get_slice(name).get_dtype()
             if dtype not in DTYPES:
-                raise ConversionError(f"{path}: {name!r} is {dtype}, expected one of {', '.join(DTYPES)}")
+                raise ConversionError(f"{self._opened_path}: {name!r} is {dtype}, expected one of {', '.join(DTYPES)}")
             specs[name] = Spec(shape, DTYPES[dtype])
         return specs
 
@@ -126,8 +134,8 @@ class PickleFiles(_Files):
     def _open(self, path):
         return _load_pickle(path)
 
-    def _specs_of(self, path):
-        return {name: Spec(tuple(tensor.shape), tensor.dtype) for name, tensor in self._open(path).items()}
+    def _specs_of_opened(self):
+        return {name: Spec(tuple(tensor.shape), tensor.dtype) for name, tensor in self._opened.items()}
 
     def _read(self, name):
         tensor = self._opened[name]
@@ -169,6 +177,14 @@ class Renamed(Tensors):
 
     def __getitem__(self, name):
         return self._origins[name].read(self._base)
+
+    def parts(self, name):
+        origin = self._origins[name]
+        if origin.blocks > 1:
+            yield self[name]
+        else:
+            for source in origin.sources:
+                yield from self._base.parts(source)
 
 
 class InMemory(Tensors):

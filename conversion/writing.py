@@ -7,7 +7,7 @@ import struct
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from .staging import flushing
 from .tensors import DTYPES, PickleFiles, SafetensorsFiles, Tensors, is_finite, same_bits
 
 MAX_SHARD_BYTES = 5 * 10**9  # transformers' default
+PIECE_BYTES = 2**18
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -50,15 +51,24 @@ def write_weights(
 
 
 def check_written(written: Tensors, tensors: Tensors, advance: Callable[[int], None] = lambda nbytes: None) -> None:
-    """Raise unless both hold the same names, each with the same bits."""
-    if written.specs.keys() != tensors.specs.keys():
+    """Raise unless both hold the same names, each with the same shape, dtype and bits."""
+    if written.specs != tensors.specs:
         raise ConversionError(
             "what was written holds other tensors than the source; is the disk or the memory failing?"
         )
     for name, spec in tensors.specs.items():
-        if not same_bits(written[name], tensors[name]):
+        if not _consists_of(written[name], tensors.parts(name)):
             raise ConversionError(f"{name!r} was read back with other bits; is the disk or the memory failing?")
         advance(spec.nbytes)
+
+
+def _consists_of(tensor: torch.Tensor, parts: Iterable[torch.Tensor]) -> bool:
+    rest = tensor.reshape(-1)
+    for part in parts:
+        block, rest = rest[: part.numel()], rest[part.numel() :]
+        if not same_bits(block, part.reshape(-1)):
+            return False
+    return True
 
 
 def _shards(tensors: Tensors, max_bytes: int) -> dict[str, list[str]]:
@@ -95,7 +105,7 @@ def write_safetensors(
     with path.open("xb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for name in names:
-            file.write(_bytes(tensors, name))
+            file.writelines(_pieces(tensors, name))
             advance(tensors.specs[name].nbytes)
 
 
@@ -115,7 +125,7 @@ def write_pth(path: Path, tensors: Tensors, advance: Callable[[int], None] = lam
             entry = zipfile.ZipInfo(f"archive/data/{key}")
             entry.extra = _padding(file.fp.tell(), entry)
             with file.open(entry, "w", force_zip64=True) as storage:
-                storage.write(_bytes(tensors, name))
+                storage.writelines(_pieces(tensors, name))
             advance(tensors.specs[name].nbytes)
         file.writestr("archive/version", "3\n")
     with flushing([path]):
@@ -159,8 +169,15 @@ _STORAGE_TYPES = {
 }
 
 
-def _bytes(tensors: Tensors, name: str) -> memoryview:
-    tensor = tensors[name].contiguous()
-    if not is_finite(tensor):
-        warnings.warn(f"{name!r} holds NaN or infinity, kept as it is", ConversionWarning, stacklevel=2)
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+def _pieces(tensors: Tensors, name: str) -> Iterator[memoryview]:
+    """A tensor's bytes, in small pieces.
+
+    For a large one Linux takes large pages, which a virtual machine may first have to ask its host for; a small one
+    is still in the processor's cache when it is copied after its checksum.
+    """
+    for part in tensors.parts(name):
+        if not is_finite(part):
+            warnings.warn(f"{name!r} holds NaN or infinity, kept as it is", ConversionWarning, stacklevel=2)
+        content = part.contiguous().reshape(-1).view(torch.uint8).numpy().data
+        for start in range(0, len(content), PIECE_BYTES):
+            yield content[start : start + PIECE_BYTES]
