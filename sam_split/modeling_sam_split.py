@@ -303,6 +303,7 @@ class BandedAttention(torch.autograd.Function):
     def backward(ctx, grad_output):
         saved = ctx.saved_tensors  # checkpointing hands them out once
         tokens, tables = saved[:3], saved[3:]
+        learned = any(ctx.needs_input_grad[3:5])  # the tables, which are frozen beside adapters
         blocks, bands, (scores, grad_scores) = BandedAttention.blocks(tokens[0], ctx.windows)
         # The token that stands for all padding gets a part from several windows, so sums are float32 at least.
         wide = torch.promote_types(grad_output.dtype, torch.float32)
@@ -312,7 +313,7 @@ class BandedAttention(torch.autograd.Function):
             for block in blocks:
                 q, k, v, grad_context = (x[image][block].transpose(0, 1) for x in (*tokens, grad_output))
                 with torch.enable_grad():
-                    leaves = [x.detach().requires_grad_() for x in (q, *tables)]
+                    leaves = [x.detach().requires_grad_(x is q or learned) for x in (q, *tables)]
                     rel = relative_position_scores(*leaves)
                 rel_h, rel_w = (x.detach() for x in rel)
                 grad_rel = [torch.empty_like(x) for x in rel]
@@ -331,9 +332,9 @@ class BandedAttention(torch.autograd.Function):
                     _add_product(grad_k, q[at].transpose(1, 2) * ctx.scale, grad)
                     by_key = grad.unflatten(-1, (rel_h.shape[-1], rel_w.shape[-1]))  # (heads, queries, H, W)
                     grad_rel[0][at], grad_rel[1][at] = by_key.sum(-1), by_key.sum(-2)
-                grad_query, *grad_offsets = torch.autograd.grad(rel, leaves, grad_rel)
+                grad_query, *grad_offsets = torch.autograd.grad(rel, leaves if learned else leaves[:1], grad_rel)
                 grad_q, grad_k, grad_v = grad_q + grad_query, grad_k.transpose(1, 2), grad_v.transpose(1, 2)
-                for total, part in zip(grad_tables, grad_offsets, strict=True):
+                for total, part in zip(grad_tables if learned else [], grad_offsets, strict=True):
                     total += part
                 for total, part in zip(grad_tokens, (grad_q, grad_k, grad_v), strict=True):
                     _add_at(total[image], block, part.transpose(0, 1))
@@ -453,11 +454,13 @@ class SamSplitVisionLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states, output_attentions=False):
         attended, weights = self.attn(self.layer_norm1(hidden_states), output_attentions)
         hidden_states = hidden_states + attended
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if hidden_states.is_cuda or torch.compiler.is_compiling():
             return hidden_states + self.mlp(self.layer_norm2(hidden_states)), weights
-        for tokens in hidden_states.flatten(0, -2).split(TOKENS_AT_ONCE):
-            tokens += self.mlp(self.layer_norm2(tokens))
-        return hidden_states, weights
+        pieces = [
+            tokens + self.mlp(self.layer_norm2(tokens))
+            for tokens in hidden_states.flatten(0, -2).split(TOKENS_AT_ONCE)
+        ]
+        return torch.cat(pieces).view_as(hidden_states), weights
 
 
 class SamSplitVisionNeck(nn.Module):
