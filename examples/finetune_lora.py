@@ -30,10 +30,18 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoProcessor, EarlyStoppingCallback, SamModel, Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoProcessor,
+    EarlyStoppingCallback,
+    SamModel,
+    Trainer,
+    TrainingArguments,
+)
 
-import sam_split  # noqa: F401  (registers the model with AutoModel)
 from conversion import fuse
+from sam_split import SamSplitConfig  # importing it also makes AutoModel know the model
 from sam_split.modeling_sam_split import VOID_LABEL, segmentation_loss
 from sam_split.training import (
     SamSplitCollator,
@@ -115,7 +123,7 @@ def readers(source, args):
         return {image["file_name"]: lambda image=image: read_coco(image) for image in coco.dataset["images"]}
     if (folder / "images").is_dir():
         found = {}
-        for path in sorted((folder / "images").iterdir()):
+        for path in sorted((folder / "images").glob("[!.]*")):
             mask = folder / "masks" / f"{path.stem}.png"
             if not mask.is_file():
                 raise ValueError(f"{path} has no mask {mask}")
@@ -123,8 +131,15 @@ def readers(source, args):
         return found
     import datasets
 
-    saved = folder.is_dir()
-    data = datasets.load_from_disk(str(folder)) if saved else datasets.load_dataset(source, split=args.split)
+    if not folder.is_dir():
+        data = datasets.load_dataset(source, split=args.split)
+    elif list(folder.glob("dataset_*.json")):
+        data = datasets.load_from_disk(str(folder))
+        data = data[args.split] if isinstance(data, dict) else data
+    else:
+        raise ValueError(
+            f"{source} holds neither images/ and masks/, nor images/ and annotations.json, nor a saved dataset"
+        )
     for column in (args.image_column, args.mask_column):
         if column not in data.column_names:
             raise ValueError(f"{source} has no column {column!r}; it has {', '.join(data.column_names)}")
@@ -244,6 +259,18 @@ def mean_scores(prediction):
     return {"iou": float(iou), "dice": float(dice)}
 
 
+def check_base(args):
+    try:
+        kind = AutoConfig.from_pretrained(args.base, revision=args.revision).model_type
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{args.base} is neither a model's folder nor a Hub id that can be read: {reason}") from error
+    if kind != SamSplitConfig.model_type:
+        raise ValueError(
+            f"{args.base} is a {kind!r} model; `sam-split convert {args.base} NEW` makes a SamSplit folder"
+        )
+
+
 def adapted(args):
     """The base with a fresh adapter, and how many of its layers stay frozen at the start."""
     if args.preset == ["fused"]:
@@ -268,6 +295,7 @@ def adapted(args):
 
 
 def train(args):
+    check_base(args)
     collate = SamSplitCollator(AutoProcessor.from_pretrained(args.base, revision=args.revision))
     if args.val:
         found, held_out = readers(args.data, args), readers(args.val, args)
@@ -406,6 +434,12 @@ def draw_overlays(model, pictures, examples, collate_pictures, collate_examples,
     plt.close(figure)
 
 
+def at_least_one(text):
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return int(text)
+
+
 def parse(arguments):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("base", help="a SamSplit folder or Hub id")
@@ -419,32 +453,37 @@ def parse(arguments):
     parser.add_argument("--image-column", default="image")
     parser.add_argument("--mask-column", default="mask")
     parser.add_argument("--skip-bad", action="store_true", help="go on without pictures that cannot be used")
-    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rank", type=at_least_one, default=16)
     parser.add_argument("--late-layers", type=int, default=3, help="layers that `late` trains (%(default)s)")
     parser.add_argument("--cache", type=Path, help="where `late` keeps what the other layers gave (OUT/cache)")
     parser.add_argument("--epochs", type=float, default=10)
     parser.add_argument("--steps", type=int, default=-1, help="instead of epochs")
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--accumulate", type=int, default=1)
+    parser.add_argument("--batch", type=at_least_one, default=2)
+    parser.add_argument("--accumulate", type=at_least_one, default=1)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--objects", type=int, default=8, help="of a picture in a step (%(default)s)")
+    parser.add_argument("--objects", type=at_least_one, default=8, help="of a picture in a step (%(default)s)")
     parser.add_argument("--corrections", type=int, default=0, help="rounds of correcting clicks, at most")
     parser.add_argument("--patience", type=int, default=0, help="epochs without gain after which to stop; 0: never")
     parser.add_argument("--checkpointing", action="store_true", help="less memory, more time")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="from OUT's last checkpoint")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if not 0 < args.holdout < 1:
+        parser.error(f"--holdout must be between 0 and 1, got {args.holdout}")
+    return args
 
 
 def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     args = parse(arguments)
     if len(args.preset) == 1:
-        args.out.mkdir(parents=True, exist_ok=True)
         try:
+            if (args.out / "results.json").exists() and not args.resume:
+                raise ValueError(f"{args.out} holds a finished run; name another OUT, or go on with --resume")
+            args.out.mkdir(parents=True, exist_ok=True)
             train(args)
-        except ValueError as error:
+        except (ValueError, OSError) as error:  # a path or Hub id that is not there is the latter
             print(f"finetune_lora: error: {error}", file=sys.stderr)
             return 2
         return 0
@@ -452,10 +491,11 @@ def main(arguments=None):
     for preset in args.preset:  # each in a process of its own, or the memory of one would count for the next
         out = args.out / preset
         rest = [str(a) for a in arguments]
-        rest[rest.index(str(args.out))] = str(out)
+        rest[max(i for i, a in enumerate(rest) if Path(a) == args.out)] = str(out)
         at = rest.index("--preset")
         rest[at + 1 : at + 1 + len(args.preset)] = [preset]
-        subprocess.run([sys.executable, __file__, *rest], check=True)
+        if code := subprocess.run([sys.executable, __file__, *rest]).returncode:
+            return code  # it has said why
         rows.append(json.loads((out / "results.json").read_text(encoding="utf-8")))
     (args.out / "results.md").write_text(table(rows) + "\n", encoding="utf-8")
     print(table(rows))

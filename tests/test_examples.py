@@ -12,6 +12,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from models import stock_model
 from peft import PeftModel
 from PIL import Image
 from pycocotools import mask as coco_mask
@@ -244,6 +245,41 @@ def test_missing_mask(base, tmp_path, capsys):
     (folder / "masks" / "1.png").unlink()
     assert run(base, folder, tmp_path / "out") == 2
     assert "1.png has no mask" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["nowhere", "data", "out"], "nowhere is neither a model's folder nor"),
+        (["stock", "data", "out"], "`sam-split convert stock NEW`"),
+        (["tiny", "empty", "out"], "empty holds neither images/ and masks/"),
+        (["tiny", "data", "out", "--objects", "0"], "must be at least 1, got 0"),
+        (["tiny", "data", "finished"], "holds a finished run"),
+        (["tiny", "data", "finished/", "--preset", "late", "decoder"], None),
+        (["tiny", "data", "out", "--holdout", "1.5"], "--holdout must be between 0 and 1"),
+    ],
+)
+def test_wrong_arguments(base, tmp_path, monkeypatch, capfd, options, message):
+    """One line, code 2, and what a finished run left stays."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (tmp_path / "tiny").symlink_to(base)
+    picture_folder(tmp_path / "data")
+    (tmp_path / "data" / "images" / ".DS_Store").touch()  # not a picture
+    (tmp_path / "empty").mkdir()
+    stock_model().save_pretrained(tmp_path / "stock")
+    for finished in ("finished", "finished/late", "finished/decoder"):
+        (tmp_path / finished).mkdir()
+        (tmp_path / finished / "results.json").write_text("{}")
+    try:
+        code = finetune.main(options)
+    except SystemExit as stop:  # argparse's own
+        code = stop.code
+    assert code == 2
+    printed = capfd.readouterr().err
+    assert (message or "late holds a finished run") in printed
+    assert "Traceback" not in printed
+    assert (tmp_path / "finished" / "results.json").read_text() == "{}"
 
 
 def test_readme_section(tmp_path, monkeypatch):
