@@ -11,7 +11,8 @@ from .errors import CheckFailed, ConversionError
 from .staging import new_folder
 
 DEMO = """\
-The main job, end to end, on a photograph that scikit-image ships. A few minutes on two cores, 5 GB of memory.
+The main job, end to end, on a photograph that scikit-image ships. Seconds for the tiny SAM, minutes and 5 GB of memory
+for ViT-B.
 
   1  take a checkpoint with fused qkv layers
   2  convert it, as `sam-split convert` does
@@ -21,10 +22,10 @@ The main job, end to end, on a photograph that scikit-image ships. A few minutes
   6  train one LoRA step on q and v
   7  draw the masks of both models
 
-SOURCE is a Hub id or a transformers folder. Without it, a checkpoint of the size of ViT-B with RANDOM weights is made
-on the spot, so nothing is downloaded: its masks follow the picture but mean nothing. They must still be the same.
+SOURCE is a Hub id or a transformers folder. Without it the tiny SAM is taken that comes with this package, 0.5 million
+weights trained on generated shapes, so nothing is downloaded; step 5 then counts on ViT-B's shapes.
 
-OUT is a new folder with all that was made: split/ (the converted model), demo.png and stock/ (the random weights).
+OUT is a new folder with what was made: split/ (the converted model) and demo.png.
 The exit code is 1 if a difference or a count is not what it should be.
 """
 
@@ -42,9 +43,42 @@ PUBLISHED = (
     ("DoRA q, k, v", {"target_modules": ["q", "k", "v"], "use_dora": True}, 912_384, 94_647_856),
 )
 
-# (x, y) in pixels of the photograph `coffee`: the cup, and the saucer with all that stands on it.
-POINT = (290, 180)
-BOX = (78, 5, 482, 388)
+TINY_SAM = Path(__file__).parent / "tiny_sam"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A photograph of skimage.data, and what to ask for.
+
+    Args:
+        name: of the function there.
+        point: (x, y) in pixels of the part that is shown.
+        box: (x0, y0, x1, y1), the same.
+        part: rows and columns to show.
+    """
+
+    name: str
+    point: tuple[int, int]
+    box: tuple[int, int, int, int]
+    part: tuple[slice, slice] = (slice(None), slice(None))
+
+    def photograph(self):
+        """(height, width, 3) bytes."""
+        try:
+            import matplotlib  # noqa: F401
+            from skimage import color, data
+        except ImportError as error:
+            raise ConversionError(
+                f'the demo needs {error.name}, which is not installed: pip install "sam-split[demo]"'
+            ) from error
+        photograph = getattr(data, self.name)()[self.part]
+        return color.gray2rgb(photograph) if photograph.ndim == 2 else photograph
+
+
+# The cup, and the saucer with all that stands on it. CC0, Rachel Michetti.
+COFFEE = Scene("coffee", point=(290, 180), box=(78, 5, 482, 388))
+# One of some Greek coins from Pompeii, as large as the shapes that the tiny SAM knows. Public domain, Brooklyn Museum.
+COINS = Scene("coins", point=(62, 62), box=(39, 40, 85, 85), part=(slice(133, 261), slice(40, 168)))
 
 
 @dataclass(frozen=True)
@@ -74,7 +108,7 @@ def add_parser(subparsers) -> None:
         epilog="examples:\n  sam-split demo\n  sam-split demo --source facebook/sam-vit-base --out sam-vit-base-demo",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--source", help="Hub id or transformers folder (default: random weights of ViT-B's size)")
+    parser.add_argument("--source", help="Hub id or transformers folder (default: the tiny SAM of this package)")
     parser.add_argument("--out", default="sam-split-demo", help="folder to make (default: %(default)s)")
     parser.set_defaults(run=run)
 
@@ -86,122 +120,78 @@ def run(args) -> None:
         ConversionError: if `args.source` is no fused transformers checkpoint, or `args.out` exists.
         CheckFailed: if a difference or a count is not what it should be; `args.out` is there to be looked at.
     """
-    photograph = _photograph()
+    scene = COFFEE if args.source else COINS
+    photograph = scene.photograph()
     warnings.filterwarnings("ignore", category=FutureWarning)  # of peft's calls into transformers, not of the user's
     with new_folder(Path(args.out).absolute()) as folder:
-        failed = _demo(args.source, folder, photograph, args.out)
+        failed = _demo(args.source, folder, scene, photograph, args.out)
     _say(f"\nwrote {args.out}: split/ is the converted model, demo.png shows what both models draw")
     if failed:
         raise CheckFailed(f"not as expected: {', '.join(failed)}; {args.out} is kept to be looked at")
 
 
-def _demo(source, folder, photograph, shown) -> list[str]:
+def _demo(source, folder, scene, photograph, shown) -> list[str]:
     """All steps. Returns the names of what failed."""
+    import torch
     from transformers import AutoModel, AutoProcessor, SamModel
+
+    from sam_split import SamSplitConfig, SamSplitModel
 
     from .checkpoints import convert
 
-    made = source is None
-    if made:
-        _step(1, f"a fused checkpoint of ViT-B's size, into {shown}/stock")
-        _say(f"RANDOM weights, seed {SEED}: the masks mean nothing, and both models must draw the same ones")
-        source, name = folder / "stock", "random weights: the masks mean nothing, and must be the same"
-        random_checkpoint(source)
-    else:
-        _step(1, f"a fused checkpoint: {source}")
-        if Path(source).is_file():
-            raise ConversionError(
-                f"{source} is a file, and the comparison needs a Hub id or a transformers folder; for a .pth use "
-                "`sam-split convert` and `sam-split verify`"
-            )
-        name = str(source)
+    name = str(source or "a tiny SAM, trained on generated shapes")
+    _step(1, f"a fused checkpoint: {name}")
+    if source and Path(source).is_file():
+        raise ConversionError(
+            f"{source} is a file, and the comparison needs a Hub id or a transformers folder; for a .pth use "
+            "`sam-split convert` and `sam-split verify`"
+        )
 
     _step(2, f"sam-split convert, into {shown}/split")
-    convert(source, folder / "split", progress=sys.stderr.isatty())
+    convert(source or TINY_SAM, folder / "split", progress=sys.stderr.isatty())
 
     _step(3, f"AutoModel.from_pretrained('{shown}/split', trust_remote_code=True)")
     ours = AutoModel.from_pretrained(folder / "split", trust_remote_code=True).float().eval()
     _say(f"{type(ours).__name__} of {type(ours).__module__.split('.')[0]}, {_count(ours):,} parameters")
 
-    _step(4, f"outputs beside transformers' SamModel; photograph `coffee`, {_size(photograph)}")
-    theirs = SamModel.from_pretrained(source).float().eval()
+    _step(4, f"outputs beside transformers' SamModel; photograph `{scene.name}`, {_size(photograph)}")
+    theirs = SamModel.from_pretrained(source or TINY_SAM).float().eval()
     processor = AutoProcessor.from_pretrained(folder / "split")
-    failed, views = compare(ours, theirs, processor, photograph, random=made)
+    failed, views = compare(ours, theirs, processor, photograph, scene)
     del theirs
 
     _step(5, f"parameters with adapters of rank {RANK} from PEFT")
-    failed += count_adapters(ours)
+    if source:
+        failed += count_adapters(ours)
+    else:
+        with torch.device("meta"):
+            failed += count_adapters(SamSplitModel(SamSplitConfig()))
+        _say("counted on ViT-B's shapes; the tiny SAM has none of its weights")
 
     _step(6, "one LoRA step on q and v: lora_alpha 32, lora_dropout 0.1, AdamW 1e-3; target: an ellipse in the box")
-    failed += train_one_step(ours, processor, photograph, folder / "split")
+    failed += train_one_step(ours, processor, photograph, scene.box, folder / "split")
 
     _step(7, f"the picture, {shown}/demo.png")
-    draw(folder / "demo.png", photograph, views, name)
+    draw(folder / "demo.png", photograph, scene, views, name)
     return failed
 
 
-def _photograph():
-    """The photograph `coffee` of scikit-image, (400, 600, 3) bytes. CC0, Rachel Michetti."""
-    try:
-        import matplotlib  # noqa: F401
-        from skimage import data
-    except ImportError as error:
-        raise ConversionError(
-            f'the demo needs {error.name}, which is not installed: pip install "sam-split[demo]"'
-        ) from error
-    return data.coffee()
-
-
-def random_checkpoint(folder: Path) -> None:
-    """A stock SamModel folder of ViT-B's size with seeded weights whose masks have structure.
-
-    Stock's own initialisation draws at 1e-10: every mask would be flat zero, and any two models would agree. Here each
-    weight is drawn with a deviation of 0.7 / sqrt(fan-in) and each gain near 1, so that signals neither fade nor grow
-    through the layers and the picture still shows through the twelve of them.
-    """
-    import torch
-    from transformers import SamConfig, SamModel
-
-    model = SamModel(SamConfig())
-    modules, state = dict(model.named_modules()), model.state_dict()
-    generator = torch.Generator().manual_seed(SEED)
-    for key in sorted(state):
-        path, _, leaf = key.rpartition(".")
-        tensor, module = state[key], modules[path]
-        drawn, mean, std = tensor.shape, 0.0, 0.7 * tensor[0].numel() ** -0.5
-        if isinstance(module, torch.nn.Embedding) or leaf == "positional_embedding":
-            std = 1.0
-        elif leaf == "pos_embed":
-            std = 0.05  # place must not drown colour
-        elif isinstance(module, torch.nn.ConvTranspose2d) and leaf == "weight":
-            # One value per 2 x 2 kernel: four of them would cover each mask with the same chequered pattern.
-            drawn, std = (*tensor.shape[:2], 1, 1), tensor.shape[0] ** -0.5
-        elif tensor.ndim == 1:  # a bias, or the gain of a layer norm
-            mean, std = float(leaf == "weight"), 0.1
-        tensor.copy_(mean + std * torch.randn(drawn, generator=generator))
-    # The second name under which stock keeps one matrix.
-    state["prompt_encoder.shared_embedding.positional_embedding"].copy_(
-        state["shared_image_embedding.positional_embedding"]
-    )
-    model.save_pretrained(folder)
-
-
-def compare(ours, theirs, processor, photograph, *, random: bool):
+def compare(ours, theirs, processor, photograph, scene: Scene):
     """Print the largest differences between two models' outputs.
 
     Args:
         ours, theirs: SamSplitModel and SamModel, in float32.
         processor: SamProcessor for both.
         photograph: (height, width, 3) bytes.
-        random: whether the weights are random. The views then show the mask whose inside is nearest to half of the
-            picture, because the scores say nothing; else the one with the highest score.
+        scene: what to ask for.
 
     Returns:
-        The names of outputs that differ by more than `LIMIT` of the largest value, and a `View` for each prompt.
+        The names of outputs that differ by more than `LIMIT` of the largest value, and a `View` for each prompt,
+        of the mask with the highest score.
     """
     import torch
 
-    prompts = {"point": {"input_points": [[[POINT]]]}, "box": {"input_boxes": [[list(BOX)]]}}
+    prompts = {"point": {"input_points": [[[scene.point]]]}, "box": {"input_boxes": [[list(scene.box)]]}}
     rows, views = [], []
     embeddings = {}
     inputs = {name: _inputs(processor, photograph, **prompt) for name, prompt in prompts.items()}
@@ -217,10 +207,7 @@ def compare(ours, theirs, processor, photograph, *, random: bool):
             right = theirs(image_embeddings=embeddings["SamModel"], **prompt)
             rows.append(_difference(f"masks, {name}", left.pred_masks, right.pred_masks))
             rows.append(_difference(f"IoU scores, {name}", left.iou_scores, right.iou_scores))
-            merit = right.iou_scores[0, 0]  # (M,)
-            if random:
-                merit = -((right.pred_masks[0, 0] > 0).float().mean((-2, -1)) - 0.5).abs()
-            best = int(merit.argmax())
+            best = int(right.iou_scores[0, 0].argmax())
             logits = (_upscaled(processor, side.pred_masks, inputs[name])[best] for side in (right, left))
             views.append(View(name, best, right.iou_scores[0, 0, best].item(), *logits))
     _table(("output", "largest value", "difference", "relative", f"limit {LIMIT:g}"), rows)
@@ -270,13 +257,14 @@ def _counted(name, trainable, total, published_trainable, published_total, known
     return name, f"{trainable:,}", shown[0], f"{total:,}", shown[1], _mark(passed) if known else "-"
 
 
-def train_one_step(model, processor, photograph, folder: Path) -> list[str]:
+def train_one_step(model, processor, photograph, box, folder: Path) -> list[str]:
     """Train q and v of a model for one step, and print what moved.
 
     Args:
         model: SamSplitModel in float32.
         processor: its SamProcessor.
         photograph: (height, width, 3) bytes.
+        box: (x0, y0, x1, y1) in it.
         folder: the model's folder, whose weights the base weights must still equal bit for bit.
 
     Returns:
@@ -289,7 +277,7 @@ def train_one_step(model, processor, photograph, folder: Path) -> list[str]:
     adapted = get_peft_model(
         model, LoraConfig(r=RANK, lora_alpha=32, target_modules=["q", "v"], lora_dropout=0.1)
     ).train()
-    inputs = _inputs(processor, photograph, input_boxes=[[list(BOX)]])
+    inputs = _inputs(processor, photograph, input_boxes=[[list(box)]])
     inputs = {"pixel_values": inputs["pixel_values"], "input_boxes": inputs["input_boxes"]}
     inputs["labels"] = ellipse(inputs["input_boxes"][0, 0], tuple(inputs["pixel_values"].shape[-2:]))
     trainable = {name: p.detach().clone() for name, p in adapted.named_parameters() if p.requires_grad}
@@ -360,7 +348,7 @@ def _peak_memory() -> str:
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.1f} GB at most, over all steps"
 
 
-def draw(path: Path, photograph, views: list[View], name: str) -> None:
+def draw(path: Path, photograph, scene: Scene, views: list[View], name: str) -> None:
     """One row per prompt: the photograph with it, the mask of both models, and how far their logits are apart."""
     import matplotlib
 
@@ -381,12 +369,12 @@ def draw(path: Path, photograph, views: list[View], name: str) -> None:
     figure.suptitle(f"SamSplit beside transformers' SamModel — {name}", x=0.008, ha="left", fontsize=14)
     for row, view in zip(axes, views, strict=True):
         row[0].imshow(photograph)
-        _draw_prompt(row[0], view.prompt)
+        _draw_prompt(row[0], scene, view.prompt)
         row[0].set_title(f"{view.prompt}: mask {view.mask}, IoU score {view.score:.3f}", loc="left", fontsize=11)
         for axis, label, logits in ((row[1], "SamModel", view.theirs), (row[2], "SamSplitModel", view.ours)):
             inside = (logits > 0).numpy()
             _draw_mask(axis, photograph, inside)
-            _draw_prompt(axis, view.prompt)
+            _draw_prompt(axis, scene, view.prompt)
             axis.set_title(f"{label}: {inside.mean():.1%} inside", loc="left", fontsize=11)
         gap = (view.ours - view.theirs).abs()
         shown = row[3].imshow(gap, vmin=0, vmax=LIMIT * largest, cmap="magma")
@@ -401,20 +389,21 @@ def draw(path: Path, photograph, views: list[View], name: str) -> None:
 
 
 def _draw_mask(axis, photograph, inside) -> None:
-    """The photograph in colour inside the mask, pale grey outside, with a line between."""
+    """The photograph tinted inside the mask, pale grey outside, with a line between."""
     grey = photograph.mean(-1, keepdims=True)
-    axis.imshow((inside[..., None] * photograph + ~inside[..., None] * (0.35 * grey + 160)).astype("uint8"))
+    tinted = 0.75 * photograph + [0, 50, 60]
+    axis.imshow((inside[..., None] * tinted + ~inside[..., None] * (0.35 * grey + 160)).clip(0, 255).astype("uint8"))
     if inside.any() and not inside.all():
         axis.contour(inside, levels=[0.5], colors="#0050d0", linewidths=0.7)
 
 
-def _draw_prompt(axis, prompt: str) -> None:
+def _draw_prompt(axis, scene: Scene, prompt: str) -> None:
     from matplotlib.patches import Rectangle
 
     if prompt == "point":
-        axis.plot(*POINT, marker="*", markersize=16, color="#30e060", markeredgecolor="black")
+        axis.plot(*scene.point, marker="*", markersize=16, color="#30e060", markeredgecolor="black")
     else:
-        x0, y0, x1, y1 = BOX
+        x0, y0, x1, y1 = scene.box
         axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, linewidth=2, edgecolor="#30e060"))
 
 

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from models import stock_model, tiny_config
+from models import stock_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, SamModel
@@ -61,11 +61,11 @@ def damage(monkeypatch, change):
 def test_numbers_are_the_measured_ones(good, stock_folder):
     out, printed = good
     assert "FAIL" not in printed
-    assert "RANDOM" not in printed  # said of weights that the demo made itself
+    assert "tiny SAM" not in printed
     assert sorted(path.name for path in out.iterdir()) == ["demo.png", "split"]
 
     ours, theirs = SamSplitModel.from_pretrained(out / "split"), SamModel.from_pretrained(stock_folder)
-    picture = demo._photograph()
+    picture = demo.COFFEE.photograph()
     pixels = AutoProcessor.from_pretrained(out / "split")(picture, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         expected = theirs.get_image_embeddings(pixels)
@@ -140,7 +140,8 @@ def test_a_changed_base_weight_is_seen(good, capsys):
     model = SamSplitModel.from_pretrained(folder)
     with torch.no_grad():
         model.vision_encoder.layers[0].attn.q.weight[0, 0] += 1e-3
-    failed = demo.train_one_step(model, AutoProcessor.from_pretrained(folder), demo._photograph(), folder)
+    scene, processor = demo.COFFEE, AutoProcessor.from_pretrained(folder)
+    failed = demo.train_one_step(model, processor, scene.photograph(), scene.box, folder)
     assert failed == ["base weights"]
     assert rows(capsys.readouterr().out)["base weights"] == ["1 changed", "FAIL"]
 
@@ -158,17 +159,19 @@ def test_ellipse():
     ]
 
 
-def test_random_checkpoint_is_seeded_and_has_structure(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("transformers.SamConfig", tiny_config)
-    out = tmp_path / "out"
+def test_tiny_sam_draws_the_coin(out, capsys):
+    """Both prompts give the coin: a disc of known place and size. And the counts are ViT-B's, as published."""
     assert main(["demo", "--out", str(out)]) == 0
-    assert "RANDOM weights" in capsys.readouterr().out
-    assert sorted(path.name for path in out.iterdir()) == ["demo.png", "split", "stock"]
-    demo.random_checkpoint(tmp_path / "again")
-    first, second = (load_file(folder / "model.safetensors") for folder in (out / "stock", tmp_path / "again"))
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert all(tensor.std() > 0.01 for tensor in first.values() if tensor.numel() > 1)
+    printed = capsys.readouterr().out
+    assert rows(printed)["LoRA q, v"] == ["589,824", "589,824", "94,325,296", "94,325,296", "ok"]
+
+    photograph, processor = demo.COINS.photograph(), AutoProcessor.from_pretrained(out / "split")
+    models = SamSplitModel.from_pretrained(out / "split").eval(), SamModel.from_pretrained(demo.TINY_SAM).eval()
+    _, views = demo.compare(*models, processor, photograph, demo.COINS)
+    coin = demo.ellipse(torch.tensor(demo.COINS.box), photograph.shape[:2])[0, 0] > 0
+    for view in views:
+        for mask in (view.ours > 0, view.theirs > 0):
+            assert (mask & coin).sum() / (mask | coin).sum() > 0.85, view.prompt
 
 
 @pytest.mark.parametrize("case", ["exists", "missing", "file", "no parent", "not SAM"])
@@ -209,5 +212,5 @@ def test_help_teaches(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["demo", "--help"])
     printed = capsys.readouterr().out
-    for words in ("RANDOM", "--source facebook/sam-vit-base", "sam-split-demo", "memory"):
+    for words in ("tiny SAM", "--source facebook/sam-vit-base", "sam-split-demo", "memory"):
         assert words in printed

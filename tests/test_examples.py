@@ -21,6 +21,7 @@ from transformers import AutoModel, SamModel
 
 from conversion import convert
 from conversion.cli import main
+from conversion.demo import TINY_SAM
 from sam_split.training import boxes_around, iou_and_dice
 
 ROOT = Path(__file__).parents[1]
@@ -41,7 +42,7 @@ QUICK = ["--batch", "2", "--objects", "3", "--lr", "5e-3", "--rank", "4"]
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny") / "split"
-    convert(EXAMPLES / "tiny_sam" / "checkpoint", folder, progress=False)
+    convert(TINY_SAM, folder, progress=False)
     return folder
 
 
@@ -60,10 +61,10 @@ def run(base, data, out, *options, quick=True):
 
 def test_tiny_sam_segments_unseen_shapes(base):
     """Ours and stock's, from a box; the box itself is no answer."""
-    shapes = script("tiny_sam/train_tiny_sam.py")
+    shapes = script("train_tiny_sam.py")
     images, labels = shapes.pictures(10**6, 256)
     boxes = boxes_around(labels)
-    for model in (AutoModel.from_pretrained(base), SamModel.from_pretrained(EXAMPLES / "tiny_sam" / "checkpoint")):
+    for model in (AutoModel.from_pretrained(base), SamModel.from_pretrained(TINY_SAM)):
         with torch.no_grad():
             pixels = shapes.normalised(images)
             masks = model.eval()(pixel_values=pixels, input_boxes=boxes, multimask_output=False).pred_masks

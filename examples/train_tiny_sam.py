@@ -1,6 +1,6 @@
 """Train a tiny SAM from nothing on generated shapes, in about twelve minutes on one core.
 
-    OMP_NUM_THREADS=1 python examples/tiny_sam/train_tiny_sam.py OUT
+    OMP_NUM_THREADS=1 python examples/train_tiny_sam.py OUT
 
 It stands in for Meta's checkpoints where there is no network: 128 pixels, four layers of 96 channels, windowed and
 global ones, in the format of transformers' `SamModel`. Its masks mean something on pictures of simple objects; it has
