@@ -117,8 +117,8 @@ def test_presets(base, coins, tmp_path, preset, trained):
         PeftModel.from_pretrained(AutoModel.from_pretrained(base), tmp_path / "adapter")
         files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
         assert len(files) == 10, "one for each picture"
-        again = ["--steps", "1", "--late-layers", "1", "--preset", "late"]
-        assert run(base, coins / "test", tmp_path, *again) == 0
+        again = ["--steps", "1", "--late-layers", "1", "--preset", "late", "--cache", str(tmp_path / "cache")]
+        assert run(base, coins / "test", tmp_path / "again", *again) == 0
         assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
 
 
@@ -287,7 +287,8 @@ def test_readme_section(tmp_path, monkeypatch):
     """Its commands run as printed, the training cut short, and its figures are those of the committed table."""
     section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Fine-tune on your")[1].split("\n## ")[0]
     (block,) = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
-    (tmp_path / "examples").symlink_to(EXAMPLES)
+    for folder in ("conversion", "examples"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     monkeypatch.chdir(tmp_path)
     convert_it, make_coins, train_it = (line.split() for line in block.strip().splitlines())
     assert convert_it[0] == "sam-split"
