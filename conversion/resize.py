@@ -92,6 +92,10 @@ def resample_absolute(table: torch.Tensor, shape: tuple[int, ...]) -> torch.Tens
 
 
 def resample_relative(table: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """(2 * tokens - 1, D) to another number of tokens, linearly between neighbouring offsets."""
+    """(2 * tokens - 1, D) to another number of tokens, linearly between neighbouring offsets.
+
+    >>> resample_relative(torch.tensor([[0.0], [1.0], [2.0]]), (5, 1)).flatten()  # 2 tokens to 3
+    tensor([0.0000, 0.4000, 1.0000, 1.6000, 2.0000])
+    """
     resampled = interpolate(table.T[None], size=shape[0], mode="linear", align_corners=False)  # (1, D, offsets)
     return resampled[0].T

@@ -288,6 +288,10 @@ class SamSplitConfig(PretrainedConfig):
 
     Raises:
         ValueError: if a value is out of range or the three parts do not fit together.
+
+    >>> config = SamSplitConfig(vision_config={"image_size": 512, "num_hidden_layers": 6})
+    >>> config.vision_config.grid, config.prompt_encoder_config.image_size
+    ((32, 32), 512)
     """
 
     model_type = "sam_split"

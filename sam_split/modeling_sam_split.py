@@ -143,6 +143,12 @@ def window_indices(grid: tuple[int, int], size: int, device: torch.device) -> tu
         `to_windows` (windows, S * S), the numbers of each window's tokens, and `from_windows` (H * W,), its inverse.
 
     Source: the windowed layers of ViTDet (arXiv 2203.16527); there, padding is at the bottom and the right as well.
+
+    >>> to_windows, from_windows = window_indices((2, 3), 2, torch.device("cpu"))
+    >>> to_windows.tolist()  # two windows; 6 is the extra token
+    [[0, 1, 3, 4], [2, 6, 5, 6]]
+    >>> to_windows.flatten()[from_windows].tolist()
+    [0, 1, 2, 3, 4, 5]
     """
     rows, columns = grid
     window_rows, window_columns = -(-rows // size), -(-columns // size)
@@ -983,6 +989,14 @@ def segmentation_loss(masks: torch.Tensor, ious: torch.Tensor, labels: torch.Ten
 
     Source: Segment Anything (arXiv 2304.02643), appendix A; focal loss with alpha 0.25 and gamma 2 and dice loss with
     one pixel of smoothing as in DETR (arXiv 2005.12872), which it follows.
+
+    >>> labels = torch.zeros(1, 1, 64, 64)
+    >>> labels[..., 20:40, 10:50] = 1
+    >>> right, wrong = 20 * (2 * labels[:, :, None] - 1), torch.full((1, 1, 1, 64, 64), -20.0)
+    >>> round(segmentation_loss(right, torch.ones(1, 1, 1), labels).item(), 3)
+    0.0
+    >>> round(segmentation_loss(wrong, torch.zeros(1, 1, 1), labels).item(), 1)  # misses what it said it would miss
+    20.5
     """
     masks, ious = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (masks, ious))
     valid = (labels != VOID_LABEL).to(masks.dtype)
@@ -1190,7 +1204,19 @@ class SamSplitVisionModel(SamSplitPreTrainedModel):
 
 
 class SamSplitModel(SamSplitPreTrainedModel):
-    """Segment Anything: an image and prompts in, masks and their predicted IoU out."""
+    """Segment Anything: an image and prompts in, masks and their predicted IoU out.
+
+    Args:
+        config: of a model with new weights; `from_pretrained` loads one with trained weights.
+
+    >>> config = SamSplitConfig(vision_config={"image_size": 256, "hidden_size": 48, "num_hidden_layers": 2})
+    >>> model = SamSplitModel(config).eval()
+    >>> box = torch.tensor([[[20.0, 30.0, 120.0, 140.0]]])
+    >>> with torch.no_grad():
+    ...     output = model(pixel_values=torch.zeros(1, 3, 256, 256), input_boxes=box)
+    >>> output.pred_masks.shape, output.iou_scores.shape
+    (torch.Size([1, 1, 3, 64, 64]), torch.Size([1, 1, 3]))
+    """
 
     _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
         r"^prompt_encoder\.shared_embedding\.positional_embedding$"  # stock's second copy of the positional matrix

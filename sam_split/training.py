@@ -140,7 +140,13 @@ def check_example(example, name):
 
 
 def boxes_around(labels):
-    """The smallest boxes (B, P, 4) that hold the pixels labelled 1 of (B, P, h, w); 0 where there is none."""
+    """The smallest boxes (B, P, 4) that hold the pixels labelled 1 of (B, P, h, w); 0 where there is none.
+
+    >>> labels = torch.zeros(1, 1, 8, 8)
+    >>> labels[..., 2:5, 3:7] = 1
+    >>> boxes_around(labels).tolist()  # (x0, y0, x1, y1)
+    [[[3.0, 2.0, 6.0, 4.0]]]
+    """
     inside = labels == 1
     columns, rows = inside.any(-2), inside.any(-1)  # (B, P, w) and (B, P, h)
     sides = []
@@ -246,6 +252,11 @@ def iou_and_dice(logits, labels):
 
     Returns:
         Two (B, P), NaN for padding, so that `nanmean` is the mean over prompts.
+
+    >>> labels = torch.tensor([[[[1, 1, 0, 0]]]])
+    >>> iou, dice = iou_and_dice(torch.tensor([[[[3.0, -3.0, -3.0, -3.0]]]]), labels)
+    >>> iou.item(), round(dice.item(), 3)
+    (0.5, 0.667)
     """
     valid = labels != VOID_LABEL
     predicted, wanted = (_resized(logits, labels.shape[-2:]) > 0) & valid, labels == 1

@@ -1,0 +1,21 @@
+"""The examples in the docstrings do what they say."""
+
+import doctest
+import importlib
+
+import pytest
+
+WITH_EXAMPLES = {
+    "sam_split.configuration_sam_split": {"SamSplitConfig"},
+    "sam_split.modeling_sam_split": {"SamSplitModel", "segmentation_loss", "window_indices"},
+    "sam_split.training": {"boxes_around", "iou_and_dice"},
+    "conversion.resize": {"resample_relative"},
+}
+
+
+@pytest.mark.parametrize("name", WITH_EXAMPLES)
+def test_examples(name):
+    module = importlib.import_module(name)
+    found = [test for test in doctest.DocTestFinder(exclude_empty=True).find(module) if test.examples]
+    assert {test.name.removeprefix(f"{name}.") for test in found} == WITH_EXAMPLES[name]
+    assert doctest.testmod(module).failed == 0
