@@ -35,8 +35,9 @@ from .configuration_sam_split import SamSplitConfig, SamSplitVisionConfig
 # Scores held at once by the banded attention: 4 MB in float32, which a core's caches keep.
 BAND_SCORES = 2**20
 
-# Tokens that pass an MLP of the image encoder at once, so that its wide activations stay small and in cache.
-TOKENS_AT_ONCE = 1024
+# Tokens that pass an MLP of the image encoder at once, so that its wide activations stay small and in cache. They end
+# up a little smaller than the blocks that others leave, which an allocator can then use again.
+TOKENS_AT_ONCE = 500
 
 # The label of pixels that count neither as object nor as background, torch's usual ignore_index. Not 255: a mask read
 # from a PNG would pass for void wherever there is an object.
