@@ -49,9 +49,14 @@ class CPU:
         return resident()
 
     def measure(self, call: Callable, at_least: float) -> dict:
-        """Time and peak memory of a call, repeated until it has taken `at_least` seconds in all."""
+        """Time of a call, repeated until it has taken `at_least` seconds in all, and peak memory.
+
+        One call more comes first: `rest` has given the memory back, and to get it again is no part of what is
+        measured. In a virtual machine that may take longer than the call.
+        """
         with contextlib.suppress(OSError):
             CLEAR_REFS.write_text("5")  # resets VmHWM
+        call()
         repeats, wall, start = 0, time.perf_counter(), time.process_time()
         while repeats == 0 or time.process_time() - start < at_least:
             call()
@@ -124,7 +129,6 @@ def gemm_peak(device: str, dtype: torch.dtype) -> float:
     this = meter(device, torch.get_num_threads())
     with torch.no_grad():
         for way in ways:
-            way()
             for _ in range(5):
                 best = max(best, 2 * rows * inner * columns / this.measure(way, 0.2)["seconds"])
     return best

@@ -55,9 +55,10 @@ def _header(results: Results) -> str:
             f"files {machine['sam_split']}. Best matrix product of this machine: {peaks}.",
             "",
             f"Time is {time}; memory is {memory}. Peers hold the same random weights, run in processes of their own "
-            "and take turns; ratios are those of a round, median (minimum to maximum), beside transformers' sdpa. "
-            "GFLOP counts what a peer computes; the share of the peak is that over time, as part of the machine's "
-            "best matrix product. Difference is the largest from transformers' sdpa, as part of the largest output.",
+            "and take turns, each after a call that is not timed and fetches the memory; ratios are those of a "
+            "round, median (minimum to maximum), beside transformers' sdpa. GFLOP counts what a peer computes; the "
+            "share of the peak is that over time, as part of the machine's best matrix product. Difference is the "
+            "largest from transformers' sdpa, as part of the largest output.",
         ]
     )
 

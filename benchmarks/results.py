@@ -23,7 +23,7 @@ class Results:
         machine: what `rounds.machine` says.
         gemm_peak: FLOP/s by dtype.
         cases: by name: the fields of `Case`, `done` (rounds, 0 while it is being measured), and `figures` by peer:
-            `seconds` and `wall` of each round, `added` and `peak` in MB of each (and of the turn that warms up),
+            `seconds` and `wall` of each round, `added` and `peak` in MB of each,
             `flops`, `profile`, `sample` of the output and `failure`, where they exist.
     """
 
@@ -79,11 +79,6 @@ class Results:
         if "sample" in measured:
             figures["sample"] = measured["sample"]
         self.save()
-
-    def drop_times(self, case: Case):
-        """Forget the turn that warmed up; what it said about memory stays."""
-        for figures in self.cases[case.name]["figures"].values():
-            figures["seconds"], figures["wall"] = [], []
 
     def note(self, case: Case, peer: str, found: dict):
         self.cases[case.name]["figures"][peer].update(found)

@@ -17,8 +17,6 @@ from .cases import REFERENCE, Case
 from .results import Results
 
 ROOT = Path(__file__).parents[1]
-# A CPU's first call counts as a round if it is longer than this: warming up matters to short calls only.
-LONG_CALL = 2.0
 # What the machine keeps for itself: a peer that needs more fails alone, and takes nobody else with it.
 SPARE_BYTES = 2**30
 
@@ -116,27 +114,15 @@ def run_case(case: Case, setting: Setting, rounds: int, folder: str, results: Re
                 peers[name] = Peer(case, name, setting, folder)
             except PeerError as error:
                 give_up(name, error)
-        # The first turn measures memory, and warms up where calls are short: for all peers or for none of them.
-        turn, counted = 0, 0
-        while counted < rounds:
-            seconds = {}
+        for _ in range(rounds):
             for name in list(peers):
                 try:
                     measured = peers[name].ask("call")
                 except PeerError as error:
                     give_up(name, error)
                     continue
-                seconds[name] = measured["seconds"]
                 results.add(case, name, measured)
                 print(f"    {name}: {measured['seconds']:.3g} s{_memory(measured)}", flush=True)
-            long = setting.device == "cpu" and min(seconds.values(), default=0) > LONG_CALL
-            if turn == 0 and not (long or case.memory_only):
-                results.drop_times(case)
-            else:
-                counted += 1
-            turn += 1
-            if not peers:
-                break
         for name, peer in peers.items():
             profiled = setting.profile and (name == REFERENCE or name.startswith("ours"))
             for question in ["profile"] * profiled + ["flops"]:

@@ -75,7 +75,7 @@ class Worker:
             output = None  # the last call's must not count as memory of this one
             output = self.tasks.call()
 
-        measured = self.meter.measure(call, 0 if first and self.device == "cpu" else self.at_least)
+        measured = self.meter.measure(call, self.at_least)
         if measured["peak"] is not None:
             measured["added"] = measured["peak"] - self.before
         if first:
