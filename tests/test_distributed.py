@@ -17,9 +17,10 @@ FSDP2_ON_CPU = Version(torch.__version__) >= Version("2.13")  # that of torch 2.
 SCRIPT = """
 import sys
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoModel
 
@@ -43,10 +44,12 @@ def train(model):
 results["ddp"] = train(accelerator.prepare(load().train()))
 
 if "fsdp2" in sys.argv:
-    model = load().train()
-    for part in (*model.vision_encoder.layers, model):  # accelerate's plugin wants an accelerator; it calls this
-        fully_shard(part)
-    assert isinstance(model, FSDPModule)
+    # `prepare` shards on accelerators only, by this, which goes by our `_no_split_modules`.
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
+    )
+    model = fsdp2_prepare_model(accelerator, load().train())
+    assert all(isinstance(part, FSDPModule) for part in (*model.vision_encoder.layers, model))
     results["fsdp2"] = train(model)
 
 model = load(tp_plan="auto").eval()

@@ -314,9 +314,18 @@ def test_options_together(base, coins, tmp_path):
     assert state["epoch"] == 2
 
 
-def test_two_processes(base, coins, tmp_path):
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+        # Its option for CPUs starts one process; that for GPUs starts two, which find none and use gloo.
+        ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"],
+    ],
+    ids=["torchrun", "accelerate"],
+)
+def test_two_processes(base, coins, tmp_path, launcher):
     """Eight pictures are one epoch of two steps: two processes with two pictures each. One alone would see half."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher = [sys.executable, "-m", *launcher]
     command = [EXAMPLES / "finetune_lora.py", base, coins / "test", tmp_path, *QUICK, "--steps", "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*launcher, *map(str, command)], env=environment, capture_output=True, text=True)
