@@ -44,7 +44,7 @@ TOKENS_AT_ONCE = 500
 VOID_LABEL = -100
 
 # Prompts decoded at once. One needs about 30 MB in float32: a CPU is fastest on few, an accelerator on many.
-PROMPTS_AT_ONCE_CPU = 4
+PROMPTS_AT_ONCE_CPU = 2
 PROMPTS_AT_ONCE_ACCELERATOR = 64
 
 
