@@ -36,6 +36,8 @@ def script(name):
 
 
 finetune = script("finetune_lora.py")
+# accelerate's option for CPUs starts one process; that for GPUs starts two, which find none and use gloo.
+LAUNCHERS = ["torchrun --nproc-per-node 2", "accelerate launch --multi_gpu --num_processes 2"]
 QUICK = ["--batch", "2", "--objects", "3", "--lr", "5e-3", "--rank", "4"]
 
 
@@ -286,19 +288,26 @@ def test_wrong_arguments(base, tmp_path, monkeypatch, capfd, options, message):
 def test_readme_section(tmp_path, monkeypatch):
     """Its commands run as printed, the training cut short, and its figures are those of the committed table."""
     section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Fine-tune on your")[1].split("\n## ")[0]
-    (block,) = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
+    assert all(f"`{launcher} examples/finetune_lora.py" in " ".join(section.split()) for launcher in LAUNCHERS)
     for folder in ("conversion", "examples"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     monkeypatch.chdir(tmp_path)
-    convert_it, make_coins, train_it = (line.split() for line in block.strip().splitlines())
-    assert convert_it[0] == "sam-split"
-    assert main(convert_it[1:]) == 0
-    assert make_coins[:2] == ["python", "examples/coins.py"]
-    monkeypatch.setattr(sys, "argv", make_coins[1:])
-    script("coins.py").main()
-    assert train_it[:2] == ["python", "examples/finetune_lora.py"]
-    assert finetune.main([*train_it[2:], "--steps", "1"]) == 0
-    assert Path("coins-adapter/adapter/adapter_model.safetensors").is_file()
+    trained = 0
+    for block in re.findall(r"```bash\n(.*?)```", section, re.DOTALL):
+        for line in block.strip().splitlines():
+            command = line.split("#")[0].split()
+            if command[:2] == ["python", "examples/coins.py"]:
+                monkeypatch.setattr(sys, "argv", command[1:])
+                script("coins.py").main()
+            elif command[0] == "sam-split":
+                assert main(command[1:]) == 0, line
+            else:
+                assert command[:2] == ["python", "examples/finetune_lora.py"], line
+                assert finetune.main([*command[2:], "--steps", "1"]) == 0, line
+                trained += 1
+    assert trained == 3
+    PeftModel.from_pretrained(AutoModel.from_pretrained("tiny"), "coins-adapter/adapter")
+    AutoModel.from_pretrained("merged")
     measured = re.findall(r"0\.\d{3,4}\b", (EXAMPLES / "results" / "coins.md").read_text(encoding="utf-8"))
     quoted = re.findall(r"0\.\d{3}\b", section)
     assert len(quoted) == 3
@@ -314,21 +323,19 @@ def test_options_together(base, coins, tmp_path):
     assert state["epoch"] == 2
 
 
-@pytest.mark.parametrize(
-    "launcher",
-    [
-        ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
-        # Its option for CPUs starts one process; that for GPUs starts two, which find none and use gloo.
-        ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"],
-    ],
-    ids=["torchrun", "accelerate"],
-)
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_processes(base, coins, tmp_path, launcher):
     """Eight pictures are one epoch of two steps: two processes with two pictures each. One alone would see half."""
-    launcher = [sys.executable, "-m", *launcher]
+    program, *options = launcher.split()
+    options += ["--main_process_port", "0"] if program == "accelerate" else ["--standalone"]  # any port that is free
     command = [EXAMPLES / "finetune_lora.py", base, coins / "test", tmp_path, *QUICK, "--steps", "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*launcher, *map(str, command)], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [Path(sys.executable).parent / program, *options, *map(str, command)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     state = json.loads((tmp_path / "checkpoints" / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["epoch"] == 1
