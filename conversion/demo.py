@@ -6,9 +6,13 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import CheckFailed, ConversionError
 from .staging import new_folder
+
+if TYPE_CHECKING:
+    import torch
 
 DEMO = """\
 The main job, end to end, on a photograph that scikit-image ships. Seconds for the tiny SAM, minutes and 5 GB of memory
@@ -95,8 +99,8 @@ class View:
     prompt: str
     mask: int
     score: float
-    theirs: "torch.Tensor"  # noqa: F821
-    ours: "torch.Tensor"  # noqa: F821
+    theirs: "torch.Tensor"
+    ours: "torch.Tensor"
 
 
 def add_parser(subparsers) -> None:

@@ -12,8 +12,12 @@ import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from .errors import ConversionError, MissingKeyError, ShapeError, UnknownKeyError
+
+if TYPE_CHECKING:  # `sam-split --help` need not wait for torch
+    import torch
 
 COUNTED = None  # 0, 1, ... n - 1, where n is read off the checkpoint
 
@@ -157,7 +161,7 @@ class Origin:
             raise ShapeError(f"{self.sources[0]} must have a multiple of {self.blocks} rows, got the shape {first}")
         return (first[0] * len(parts) // self.blocks, *first[1:])
 
-    def read(self, tensors: Mapping) -> "torch.Tensor":  # noqa: F821 - torch is imported where it is needed
+    def read(self, tensors: Mapping) -> "torch.Tensor":
         """The tensor; a block of rows is a view of its source."""
         if len(self.sources) > 1:
             import torch
