@@ -228,7 +228,8 @@ def _check_config(config: dict) -> None:
 
 
 def _parse(config: dict, tensors: Tensors) -> Adapter:
-    adapter, parts = Adapter(config), {}
+    adapter = Adapter(config)
+    parts: dict[str, dict[str, torch.Tensor]] = {}
     for key in tensors:
         name = key.removeprefix(PREFIX)
         match = re.fullmatch(
@@ -267,7 +268,8 @@ def _fused(adapter: Adapter, weights: Tensors | None) -> Adapter:
                 f"the adapter replaces {name!r} (modules_to_save), which stock SamModel has under another name; "
                 "merge it instead: `sam-split merge`"
             )
-    fused, layers = Adapter(adapter.config, {}, dict(adapter.saved)), {}
+    fused = Adapter(adapter.config, {}, dict(adapter.saved))
+    layers: dict[str, dict[str, Lora]] = {}
     if any(name.startswith("prompt_encoder.") for name in adapter.saved):
         if weights is None:
             raise ConversionError(
@@ -418,14 +420,14 @@ def _imported_modules(source, tensors: Tensors, names: list[str], weights: Tenso
             f"{source}: {names[0]!r} is no LoRA factor and no part of a prompt encoder or mask decoder"
         )
     rows = {row: target for row, target in KEY_MAP.items() if row.split(".")[0] in parts}
-    saved = Renamed(InMemory({name: tensors[name] for name in names}), plan(names, rows))
-    for name, spec in saved.specs.items():
+    renamed = Renamed(InMemory({name: tensors[name] for name in names}), plan(names, rows))
+    for name, spec in renamed.specs.items():
         if spec.shape != weights.specs[name].shape:
             raise ConversionError(
                 f"{source}: {name!r} has the shape {spec.shape}, and {weights.specs[name].shape} in {base}; an "
                 "adapter cannot change the base's sizes (SAMed's mask decoder has one mask for each class)"
             )
-    saved = {name: saved[name] for name in saved}
+    saved = dict(renamed)
     positional = saved.pop(POSITIONAL, None)
     if positional is not None and not torch.equal(positional.float(), weights[POSITIONAL].float()):
         raise ConversionError(

@@ -195,7 +195,10 @@ def compare(ours, theirs, processor, photograph, scene: Scene):
     """
     import torch
 
-    prompts = {"point": {"input_points": [[[scene.point]]]}, "box": {"input_boxes": [[list(scene.box)]]}}
+    prompts: dict[str, dict] = {
+        "point": {"input_points": [[[scene.point]]]},
+        "box": {"input_boxes": [[list(scene.box)]]},
+    }
     rows, views = [], []
     embeddings = {}
     inputs = {name: _inputs(processor, photograph, **prompt) for name, prompt in prompts.items()}
@@ -244,9 +247,10 @@ def count_adapters(model) -> list[str]:
 
     known = _count(model) == BASE_PARAMETERS
     rows = [_counted("no adapter", 0, _count(model), 0, BASE_PARAMETERS, known)]
-    for name, options, *published in PUBLISHED:
+    for name, options, published_trainable, published_total in PUBLISHED:
         adapted = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=32, lora_dropout=0.1, **options))
-        rows.append(_counted(name, *adapted.get_nb_trainable_parameters(), *published, known))
+        trainable, total = adapted.get_nb_trainable_parameters()
+        rows.append(_counted(name, trainable, total, published_trainable, published_total, known))
         adapted.unload()
     _table(("adapter", "trainable", "published", "all parameters", "published", ""), rows)
     if not known:

@@ -1,5 +1,7 @@
 """What conversion raises. Every message says what was given, what was expected and what to do."""
 
+from collections.abc import Sequence
+
 
 class ConversionError(ValueError):
     """The input cannot be converted. The command line prints the message and exits with 2."""
@@ -18,7 +20,16 @@ class ShapeError(ConversionError):
 
 
 class CheckFailed(Exception):
-    """Two models were compared and differ. The command line prints the message and exits with 1."""
+    """Two models were compared and differ. The command line prints the message and exits with 1.
+
+    Args:
+        message: the first difference.
+        rows: the report up to it.
+    """
+
+    def __init__(self, message: str, rows: Sequence = ()):
+        super().__init__(message)
+        self.rows = rows
 
 
 class ConversionWarning(UserWarning):

@@ -5,6 +5,7 @@ import json
 import shutil
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from .errors import ConversionError
 from .sources import Checkpoint
@@ -23,7 +24,9 @@ def split_config(fields: dict, tensors: Tensors):
 
     try:
         # Only the fields that make the model: old config files carry a page of text-generation settings.
-        parts = {part: _known(config_class, fields.get(part) or {}) for part, config_class in _parts().items()}
+        parts: dict[str, Any] = {
+            part: _known(config_class, fields.get(part) or {}) for part, config_class in _parts().items()
+        }
         config = SamSplitConfig(**parts)
     except Exception as error:  # whatever a value of the wrong type trips over
         raise ConversionError(f"config.json describes no model: {error}") from error
@@ -50,7 +53,7 @@ def config_fields(config, layout: str) -> dict:
     return content
 
 
-def _parts() -> dict[str, type]:
+def _parts() -> dict[str, Any]:
     """Name of each part of the config -> its class."""
     from sam_split import SamSplitConfig
 
@@ -67,10 +70,10 @@ def _field_names(config_class) -> list[str]:
 
 def main_dtype(tensors: Tensors):
     """The dtype that most of the weights have."""
-    totals = {}
+    totals: dict[Any, int] = {}
     for spec in tensors.specs.values():
         totals[spec.dtype] = totals.get(spec.dtype, 0) + spec.nbytes // spec.dtype.itemsize
-    return max(totals, key=totals.get)
+    return max(totals, key=totals.__getitem__)
 
 
 def write_code_and_card(folder: Path, checkpoint: Checkpoint, **card) -> None:
@@ -85,7 +88,7 @@ def write_code_and_card(folder: Path, checkpoint: Checkpoint, **card) -> None:
     oracle = "what was computed" if card else "the source"
     dtype = json.loads((folder / "config.json").read_text(encoding="utf-8"))["dtype"]
     evidence = [Evidence(f"every tensor as read back from the disk, against {oracle}, bit for bit", 0.0, dtype, "cpu")]
-    origin = {"source": checkpoint.source, "revision": checkpoint.revision}
+    origin: dict[str, Any] = {"source": checkpoint.source, "revision": checkpoint.revision}
     content = model_card(folder, **origin, evidence=evidence, **card).content
     (folder / "README.md").write_text(content, encoding="utf-8")
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # `sam-split --help` need not wait for torch
 
 COUNTED = None  # 0, 1, ... n - 1, where n is read off the checkpoint
 
-FIELDS = {
+FIELDS: dict[str, tuple[str, ...] | None] = {
     "layer": COUNTED,  # of the vision encoder
     "block": COUNTED,  # of the mask decoder's two-way transformer
     "point": COUNTED,  # background, foreground, top left corner, bottom right corner
@@ -31,7 +31,7 @@ FIELDS = {
     "projection": ("q_proj", "k_proj", "v_proj", "out_proj"),
 }
 
-KEY_MAP = {
+KEY_MAP: dict[str, str | tuple[str, ...]] = {
     # image encoder
     "image_encoder.pos_embed": "vision_encoder.pos_embed",
     "image_encoder.patch_embed.proj.{leaf}": "vision_encoder.patch_embed.projection.{leaf}",
@@ -224,14 +224,14 @@ def _counts(patterns: list[str], keys: set[str]) -> dict[str, int]:
     return counts
 
 
-def _values(pattern: str, counts: dict[str, int]) -> list[dict[str, str]]:
+def _values(pattern: str, counts: dict[str, int]) -> list[dict[str, object]]:
     """Every assignment of the pattern's fields."""
     fields = re.findall(r"{(\w+)}", pattern)
     choices = [FIELDS[field] or range(counts[field]) for field in fields]
     return [dict(zip(fields, chosen, strict=True)) for chosen in itertools.product(*choices)]
 
 
-def _expand(patterns: tuple[str, ...], values: dict[str, str]) -> tuple[str, ...]:
+def _expand(patterns: tuple[str, ...], values: dict[str, object]) -> tuple[str, ...]:
     return tuple(pattern.format(**values) for pattern in patterns)
 
 

@@ -132,10 +132,10 @@ def _open_folder(folder: Path, source: str) -> Checkpoint:
             f"{source} holds no config.json; expected a transformers folder, or name the .pth file itself"
         )
     config = read_json(folder / "config.json")
-    layout = MODEL_TYPES.get(config.get("model_type")) if isinstance(config.get("model_type"), str) else None
+    given = config.get("model_type")
+    layout = MODEL_TYPES.get(given) if isinstance(given, str) else None
     if layout is None:
         known = {"sam2": "SAM 2", "sam2_video": "SAM 2", "sam_hq": "HQ-SAM", "sam3": "SAM 3", "edgetam": "EdgeTAM"}
-        given = config.get("model_type")
         name = (
             f"{known[given]} (model_type {given!r})"
             if isinstance(given, str) and given in known

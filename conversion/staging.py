@@ -72,9 +72,10 @@ def new_file(out: Path) -> Iterator[Path]:
 def flushing(paths: Iterable[Path]) -> Iterator[None]:
     """Flush files to the disk while the block runs: reading them back need not wait for that."""
     with ThreadPoolExecutor(max_workers=1) as thread:
-        flushed = thread.submit(lambda: [_flush_entry(path) for path in paths])
+        flushed = [thread.submit(_flush_entry, path) for path in paths]
         yield
-    flushed.result()  # raises what the disk had to say
+    for file in flushed:
+        file.result()  # raises what the disk had to say
 
 
 def _tell_of_leftovers(out: Path) -> None:

@@ -8,6 +8,7 @@ import ctypes
 import math
 import mmap
 import pickle
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,8 +71,8 @@ class _Files(Tensors):
     """Tensors of files of one kind, of which one at a time is open."""
 
     def __init__(self, paths: list[Path]):
-        self.specs, self._paths = {}, {}
-        self._opened, self._opened_path = None, None
+        self.specs, self._opened, self._opened_path = {}, None, None
+        self._paths: dict[str, Path] = {}
         for path in paths:
             self._turn_to(path)
             for name, spec in self._specs_of_opened().items():
@@ -87,6 +88,16 @@ class _Files(Tensors):
         if path != self._opened_path:
             self._opened = None  # before the next file is opened
             self._opened, self._opened_path = self._open(path), path
+
+    @abstractmethod
+    def _open(self, path):
+        """What the other two read from."""
+
+    @abstractmethod
+    def _specs_of_opened(self) -> dict[str, Spec]: ...
+
+    @abstractmethod
+    def _read(self, name) -> torch.Tensor: ...
 
 
 class SafetensorsFiles(_Files):

@@ -38,7 +38,7 @@ def verify(a, b, *, outputs: bool = True) -> list[Row]:
         CheckFailed: at the first difference, with the rows so far as `rows`.
         ConversionError: if one of them is no SAM checkpoint.
     """
-    rows = []
+    rows: list[Row] = []
     checkpoints = open_checkpoint(a), open_checkpoint(b)
     (config_a, ours), (config_b, theirs) = (describe(checkpoint) for checkpoint in checkpoints)
     fields = differences(config_a, config_b)
@@ -50,9 +50,8 @@ def verify(a, b, *, outputs: bool = True) -> list[Row]:
     _compare_tensors(rows, ours, theirs)
     if outputs:
         limit = LIMIT_OTHER_EPSILON if epsilons else LIMIT
-        _compare_outputs(
-            rows, *(_run(c, config) for c, config in zip(checkpoints, (config_a, config_b), strict=True)), limit
-        )
+        left, right = (_run(c, config) for c, config in zip(checkpoints, (config_a, config_b), strict=True))
+        _compare_outputs(rows, left, right, limit)
     return rows
 
 
@@ -65,9 +64,7 @@ def table(rows: list[Row]) -> str:
 def _record(rows: list[Row], row: Row) -> None:
     rows.append(row)
     if not row.passed:
-        error = CheckFailed(f"not the same model: {row.compared}: {row.result}")
-        error.rows = rows
-        raise error
+        raise CheckFailed(f"not the same model: {row.compared}: {row.result}", rows)
 
 
 def _compare_tensors(rows, ours: Tensors, theirs: Tensors) -> None:

@@ -75,7 +75,8 @@ def _shards(tensors: Tensors, max_bytes: int) -> dict[str, list[str]]:
     """File name -> the tensors in it, in the order of writing."""
     # Wide types first: then each tensor starts at a multiple of its element size.
     order = sorted(tensors.specs, key=lambda name: -tensors.specs[name].dtype.itemsize)
-    groups, size = [[]], 0
+    groups: list[list[str]] = [[]]
+    size = 0
     for name in order:
         nbytes = tensors.specs[name].nbytes
         if groups[-1] and size + nbytes > max_bytes:
@@ -91,7 +92,8 @@ def write_safetensors(
     path: Path, tensors: Tensors, names: list[str], advance: Callable[[int], None] = lambda nbytes: None
 ) -> None:
     """The format: the header's length in 8 bytes, a JSON header, then the tensors' bytes one after the other."""
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    offset = 0
     for name in names:
         spec = tensors.specs[name]
         header[name] = {

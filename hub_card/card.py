@@ -207,7 +207,7 @@ def refresh_code_section(text: str, folder: str | Path, repo_id: str) -> str:
 
 def modified_code(folder: str | Path) -> list[str]:
     """The code files of `folder` that are not byte for byte those of the installed `sam_split`."""
-    package = Path(importlib.util.find_spec("sam_split").origin).parent
+    package = Path(str(importlib.util.find_spec("sam_split").origin)).parent
     return [name for name in CODE_FILES if (Path(folder) / name).read_bytes() != (package / name).read_bytes()]
 
 
@@ -217,7 +217,7 @@ def tensor_shapes(folder: str | Path, pattern: str = "model*.safetensors") -> di
     Raises:
         ValueError: if a file is cut short or is not safetensors.
     """
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for path in sorted(Path(folder).glob(pattern)):
         try:
             with safe_open(path, framework="numpy") as weights:
@@ -234,10 +234,11 @@ def read_base(folder: str | Path) -> Base:
         ValueError: if that is not a Hub id.
     """
     config = _read_json(Path(folder) / "adapter_config.json")
-    base = config.get("base_model_name_or_path")
-    if hub_id(base) is None:
+    named = config.get("base_model_name_or_path")
+    base = hub_id(named)
+    if base is None:
         raise ValueError(
-            f"{folder}: adapter_config.json names the base {base!r}, expected a Hub id; nobody else could load it"
+            f"{folder}: adapter_config.json names the base {named!r}, expected a Hub id; nobody else could load it"
         )
     return Base(base, config.get("revision"))
 

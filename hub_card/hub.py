@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import (
@@ -30,7 +30,9 @@ try:  # httpx with huggingface_hub 1.x, httpx2 with 2.x
 
     TransportError: type[Exception] = httpx.TransportError
 except ImportError:  # huggingface_hub 0.x
-    from requests.exceptions import RequestException as TransportError
+    import requests
+
+    TransportError = requests.exceptions.RequestException
 
 ATTEMPTS = 5
 LONGEST_WAIT = 300  # seconds; asked to wait longer, we stop and say so
@@ -308,9 +310,9 @@ def _same(remote: tuple[str | None, str] | None, file: StagedFile) -> bool:
     return sha256 == file.sha256 if sha256 else blob_id == file.blob_id
 
 
-def _cause(error: BaseException) -> BaseException:
+def _cause(error: BaseException) -> Any:
     """The HTTP or transport error behind an upload's RuntimeError, or the error itself."""
-    seen = error
+    seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, HfHubHTTPError | TransportError):
             return seen

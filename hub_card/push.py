@@ -145,8 +145,9 @@ def push(
     with tempfile.TemporaryDirectory(prefix="sam-split-push-") as scratch:
         staged_folder = Path(scratch, "staged")
         staged_folder.mkdir()
-        if adapter_base(folder, base):
-            base = _pinned(api, adapter_base(folder, base))
+        named = adapter_base(folder, base)
+        if named:
+            base = _pinned(api, named)
         staged = stage(folder, staged_folder, repo_id, allow_modified_code=allow_modified_code, base=base)
         _print_table(staged, target)
         print("Loading the staged files in a fresh process, without this package ...", flush=True)
@@ -185,7 +186,7 @@ def load_in_fresh_process(staged: Staged, folder: str | Path) -> str:
     with tempfile.TemporaryDirectory(prefix="sam-split-modules-") as scratch:
         environment["HF_MODULES_CACHE"] = scratch  # or an earlier load's code could answer for this one's
         if staged.is_adapter:
-            arguments += [staged.base.repo_id, staged.base.revision]
+            arguments += [staged.base.repo_id, staged.base.revision or "main"]
         else:
             environment["HF_HUB_OFFLINE"] = "1"
             environment["HF_HOME"] = scratch  # where a token may be stored; the folder's code has no business with it

@@ -224,12 +224,13 @@ def adapter_base(folder: str | Path, given: Base | None = None) -> Base | None:
     named = config.get("base_model_name_or_path")
     if given is not None:
         return Base(given.repo_id, given.revision or (config.get("revision") if given.repo_id == named else None))
-    if hub_id(named) is None:
+    base = hub_id(named)
+    if base is None:
         raise PushRefused(
             f"adapter_config.json in {folder} names the base {named!r}, which nobody else can load; "
             "push the base first, then name it with --base-model NAME/REPOSITORY"
         )
-    return Base(named, config.get("revision"))
+    return Base(base, config.get("revision"))
 
 
 def _published_adapter_config(folder: Path, given: Base | None) -> dict:
