@@ -606,6 +606,9 @@ class SamSplitPromptEncoder(nn.Module):
             dense = self.mask_embed(input_masks)
         else:
             dense = self.mask_embed(input_masks.flatten(0, 1)).unflatten(0, input_masks.shape[:2])
+        if self.training and torch.is_grad_enabled():
+            # What these kinds of prompt do not use: DistributedDataParallel waits for its gradient, be it zero.
+            dense = dense + 0 * sum(parameter.sum() for parameter in self.parameters())
         return torch.cat(sparse, dim=2) if sparse else None, dense
 
     def _embed_points(self, points, labels, positional_embedding):
