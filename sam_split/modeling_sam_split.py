@@ -912,13 +912,19 @@ class SamSplitMaskDecoder(nn.Module):
                 _take(attention_similarity, part),
                 _take(target_embedding, part),
             )
-            masks.append(self._masks(part_tokens, part_image, grid, wanted))
+            part_masks = self._masks(part_tokens, part_image, grid, wanted)
+            if torch.is_grad_enabled():
+                masks.append(part_masks)
+            else:  # into their place at once: all parts beside their concatenation would be twice the memory
+                masks = masks or [part_masks.new_empty(batch, prompts, *part_masks.shape[2:])]
+                masks[0][:, part] = part_masks
             ious.append(self.iou_prediction_head(part_tokens[:, :, 0])[:, :, wanted.start : wanted.stop])
             if output_attentions:
                 added.append(part_added)
         if output_attentions:
             added = tuple(torch.cat(block, dim=1).flatten(0, 1)[:, None] for block in zip(*added, strict=True))
-        return torch.cat(masks, dim=1), torch.cat(ious, dim=1), added if output_attentions else None
+        masks = torch.cat(masks, dim=1) if len(masks) > 1 else masks[0]
+        return masks, torch.cat(ious, dim=1), added if output_attentions else None
 
     def _tokens(self, sparse_prompt_embeddings, batch, device):
         """The IoU token, the mask tokens and the prompt's own: (B, P, 1 + masks + prompt tokens, C)."""
