@@ -394,7 +394,10 @@ def save_adapter(model, folder, row):
 
 
 def table(rows):
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *([str(row[column]) for column in COLUMNS] for row in rows)]
+    def shown(value):
+        return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *([shown(row[column]) for column in COLUMNS] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
