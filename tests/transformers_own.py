@@ -62,7 +62,6 @@ def make_classes(sdist: str) -> dict[str, type[unittest.TestCase]]:
     class Common(common.ModelTesterMixin):
         _is_composite = True
         test_resize_embeddings = False  # there are no token embeddings
-        test_all_params_have_gradient = False  # no input has prompts of all kinds: a given mask replaces no_mask_embed
         test_can_init_all_missing_weights_before_2023 = True
         # Switches of 4.57 for what later versions no longer try.
         test_pruning = test_head_masking = test_torchscript = fx_compatible = False
