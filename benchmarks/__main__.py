@@ -30,7 +30,7 @@ examples:
   python -m benchmarks --device cuda --compile --only 'encoder|lora'
   python -m benchmarks --model vit_h --only encoder
   python -m benchmarks --quick               a tiny model, to see that all of this works; its figures mean nothing
-  python -m benchmarks.conversion            converting at ViT-H's size, beside a plain copy of the file
+  python -m benchmarks.convert_peak            converting at ViT-H's size, beside a plain copy of the file
   python -m benchmarks --report              write the report again from the figures on disk
 
 A stopped run goes on where it was: cases that are done are not measured again. Figures of another machine, another

@@ -14,14 +14,14 @@ _PUBLIC = {
     "fuse_state_dict": "key_map",
     "from_meta": "key_map",
     "to_meta": "key_map",
-    "config_from_state_dict": "geometry",
+    "config_from_state_dict": "config_from_shapes",
     "convert": "checkpoints",
     "fuse": "checkpoints",
     "verify": "verification",
-    "fuse_adapter": "adapters",
-    "split_adapter": "adapters",
-    "import_adapter": "adapters",
-    "merge": "merging",
+    "fuse_adapter": "adapters.transport",
+    "split_adapter": "adapters.transport",
+    "import_adapter": "adapters.transport",
+    "merge": "adapters.merge",
 }
 
 __all__ = list(_PUBLIC)

@@ -3,13 +3,13 @@
 import contextlib
 from pathlib import Path
 
+from .atomic import check_new, new_file, new_folder
+from .config_from_shapes import check_meta_can_hold, check_shapes, check_stock_can_hold, config_from_shapes
 from .errors import ConversionError
 from .folder import config_fields, split_config, write_code_and_card, write_json, write_processor
-from .geometry import check_meta_can_hold, check_shapes, check_stock_can_hold, config_from_shapes
+from .image_size import resize
 from .key_map import KEY_MAP, STOCK_MAP, plan
-from .resize import resize
 from .sources import Checkpoint, open_checkpoint
-from .staging import check_new, new_file, new_folder
 from .tensors import Renamed, Tensors
 from .writing import MAX_SHARD_BYTES, write_pth, write_weights
 

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 import torch
 
 from .checkpoints import describe
+from .config_from_shapes import DECODER_EPSILON, differences, epsilon_note
 from .errors import CheckFailed
-from .geometry import DECODER_EPSILON, differences, epsilon_note
-from .models import split_model, stock_model
+from .folder import config_fields
+from .key_map import DROPPED, STOCK_MAP, plan
 from .sources import Checkpoint, open_checkpoint
-from .tensors import Tensors, same_bits
+from .tensors import Renamed, Tensors, same_bits
 
 # Of the largest output. The float32 noise floor is about 4e-7; another epsilon in the decoder shifts outputs by 1e-5.
 LIMIT, LIMIT_OTHER_EPSILON = 1e-5, 1e-4
@@ -107,3 +108,26 @@ def _run(checkpoint: Checkpoint, config) -> dict[str, torch.Tensor]:
     embeddings = model.get_image_embeddings(pixels)
     outputs = model(image_embeddings=embeddings, input_points=point)
     return {"image embedding": embeddings, "masks": outputs.pred_masks, "scores": outputs.iou_scores}
+
+
+def split_model(config, tensors: Tensors) -> torch.nn.Module:
+    """SamSplitModel in float32 or wider, from a SamSplitConfig and tensors under SamSplit's names."""
+    from sam_split import SamSplitModel
+
+    return _filled(SamSplitModel(config), tensors)
+
+
+def stock_model(config, tensors: Tensors) -> torch.nn.Module:
+    """The same as stock SamModel."""
+    from transformers import SamConfig, SamModel
+
+    fields = config_fields(config, "transformers")
+    parts = {part: fields[part] for part in config.sub_configs}
+    return _filled(SamModel(SamConfig(**parts)), Renamed(tensors, plan(tensors, STOCK_MAP, inverse=True)), DROPPED)
+
+
+def _filled(model: torch.nn.Module, tensors: Tensors, twins: dict[str, str] | None = None) -> torch.nn.Module:
+    state = {name: tensors[name].to(torch.promote_types(tensors.specs[name].dtype, torch.float32)) for name in tensors}
+    state |= {twin: state[name] for twin, name in (twins or {}).items()}
+    model.load_state_dict(state, assign=True)
+    return model.eval()

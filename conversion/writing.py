@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
+from .atomic import flushing
 from .errors import ConversionError, ConversionWarning
-from .staging import flushing
 from .tensors import DTYPES, PickleFiles, SafetensorsFiles, Tensors, is_finite, same_bits
 
 MAX_SHARD_BYTES = 5 * 10**9  # transformers' default

@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from .errors import PushFailed, PushRefused
-from .staging import Staged, StagedFile
+from .publishable import Staged, StagedFile
 
 try:  # httpx with huggingface_hub 1.x, httpx2 with 2.x
     from huggingface_hub.utils import httpx

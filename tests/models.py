@@ -193,3 +193,10 @@ PROMPT_KINDS = {
     "target_embedding": {**points(1, 0), "target_embedding": personalisation()["target_embedding"]},
     "personalised": {**points(1, 0), **boxes(), **masks(), **personalisation()},
 }
+
+
+def targets(side: int = 4 * GRID) -> torch.Tensor:
+    """Labels (2, 3, side, side): a half plane for each prompt."""
+    x = torch.arange(side).expand(BATCH, PROMPTS, side, side)
+    border = side * torch.arange(1, BATCH * PROMPTS + 1).view(BATCH, PROMPTS, 1, 1) // (BATCH * PROMPTS + 1)
+    return (x < border).long()

@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from models import IMAGE_SIZE, TINY, boxes, pixels, split_model, stock_model
+from models import IMAGE_SIZE, TINY, boxes, pixels, split_model, stock_model, targets
 from peft import LoraConfig, get_peft_model
-from test_loss import targets
 from transformers import SamImageProcessor
 
 from sam_split.modeling_sam_split import VOID_LABEL

@@ -11,9 +11,9 @@ import time
 
 import pytest
 import torch
+from checkpoint_files import FILES, assert_same, stock_state
 from models import meta_model, stock_model
 from safetensors.torch import load_file
-from test_convert import FILES, assert_same, stock_state
 
 from conversion import checkpoints, convert, fuse, split_state_dict
 from conversion.cli import main

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
+from checkpoint_files import FILES
 from models import meta_model, stock_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_adapters import ADAPTERS, masks, meta_masks, ours, trained
-from test_convert import FILES
+from trained_adapters import ADAPTERS, masks, meta_masks, ours, trained
 from transformers import SamModel
 
 from conversion import ConversionError, convert, fuse, merge, verify

@@ -13,8 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, SamModel
 
-from conversion import checkpoints, demo
-from conversion.cli import main
+from conversion import checkpoints
+from conversion.cli import demo, main
 from sam_split import SamSplitModel
 
 

@@ -7,8 +7,8 @@ import warnings
 
 from hub_card import push
 
+from ..errors import CheckFailed, ConversionError, ConversionWarning
 from . import demo
-from .errors import CheckFailed, ConversionError, ConversionWarning
 
 CONVERT = """\
 Split the fused qkv layers of a Segment Anything checkpoint, so that PEFT finds q, k and v.
@@ -46,8 +46,8 @@ def _add_convert(subparsers):
 
 
 def _run_convert(args):
-    from .checkpoints import convert
-    from .resize import parse_image_size
+    from ..checkpoints import convert
+    from ..image_size import parse_image_size
 
     push.check_push_to_hub(args)
     image_size = args.image_size and parse_image_size(args.image_size)
@@ -80,7 +80,7 @@ def _add_fuse(subparsers):
 
 
 def _run_fuse(args):
-    from .checkpoints import fuse
+    from ..checkpoints import fuse
 
     fuse(args.source, args.out, format=args.format, progress=not args.quiet)
     print(f"wrote {args.out}")
@@ -111,7 +111,7 @@ def _add_verify(subparsers):
 
 
 def _run_verify(args):
-    from .verification import table, verify
+    from ..verification import table, verify
 
     try:
         rows = verify(args.a, args.b, outputs=not args.tensors_only)
@@ -152,11 +152,11 @@ def _add_adapter(subparsers):
 
 
 def _run_adapter(args):
-    from . import adapters
+    from ..adapters import transport
 
     if args.action == "import" and args.base is None:
         raise ConversionError("adapter import needs --base: the model that the file was trained on")
-    carry = {"fuse": adapters.fuse_adapter, "split": adapters.split_adapter, "import": adapters.import_adapter}
+    carry = {"fuse": transport.fuse_adapter, "split": transport.split_adapter, "import": transport.import_adapter}
     carry[args.action](args.adapter, args.out, base=args.base)
     print(f"wrote {args.out}; load it with PeftModel.from_pretrained(model, {args.out!r})")
 
@@ -185,7 +185,7 @@ def _add_merge(subparsers):
 
 
 def _run_merge(args):
-    from .merging import merge
+    from ..adapters.merge import merge
 
     merge(args.base, args.adapter, args.out, format=args.format, progress=not args.quiet)
     print(f"wrote {args.out}")

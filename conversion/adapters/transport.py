@@ -18,14 +18,14 @@ from pathlib import Path
 import torch
 from peft.utils.other import get_pattern_key
 
-from .checkpoints import describe
-from .errors import ConversionError
-from .folder import write_json
-from .key_map import KEY_MAP, plan
-from .sources import fetch, open_checkpoint, read_json
-from .staging import new_folder
-from .tensors import InMemory, PickleFiles, Renamed, SafetensorsFiles, Tensors
-from .writing import check_written, write_safetensors
+from ..atomic import new_folder
+from ..checkpoints import describe
+from ..errors import ConversionError
+from ..folder import write_json
+from ..key_map import KEY_MAP, plan
+from ..sources import fetch, open_checkpoint, read_json
+from ..tensors import InMemory, PickleFiles, Renamed, SafetensorsFiles, Tensors
+from ..writing import check_written, write_safetensors
 
 PREFIX = "base_model.model."
 SPLIT_NAME = re.compile(r"(vision_encoder\.layers\.\d+\.attn)\.([qkv])")

@@ -80,7 +80,7 @@ def results(ours, inputs, tmp_path_factory):
     torch.save(inputs, work / "inputs.pt")
     (work / "script.py").write_text(SCRIPT)
     torchrun = "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"
-    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "PYTHONPATH": path}
     command = [sys.executable, "-m", *torchrun, "script.py", "fsdp2" if FSDP2_ON_CPU else ""]
     done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=300)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import sam_split
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def read(name):

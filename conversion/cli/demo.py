@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import CheckFailed, ConversionError
-from .staging import new_folder
+from ..atomic import new_folder
+from ..errors import CheckFailed, ConversionError
 
 if TYPE_CHECKING:
     import torch
@@ -141,7 +141,7 @@ def _demo(source, folder, scene, photograph, shown) -> list[str]:
 
     from sam_split import SamSplitConfig, SamSplitModel
 
-    from .checkpoints import convert
+    from ..checkpoints import convert
 
     name = str(source or "a tiny SAM, trained on generated shapes")
     _step(1, f"a fused checkpoint: {name}")

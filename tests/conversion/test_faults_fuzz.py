@@ -7,10 +7,10 @@ import signal
 
 import pytest
 import torch
+from checkpoint_files import FILES, in_bin_shards, in_shards, stock_state
 from models import meta_model, stock_model
-from test_convert import FILES, in_bin_shards, in_shards, stock_state
 
-from conversion import convert, staging
+from conversion import atomic, convert
 from conversion.cli import main
 
 SECONDS = 20  # far more than any conversion here takes
@@ -113,7 +113,7 @@ CASES = [
 @pytest.mark.parametrize("case", range(len(CASES)), ids=[f"{s}-{f}-{n}" for s, f, n, _ in CASES])
 def test_a_damaged_file_ends_in_a_folder_or_in_one_line(case, sources, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
-        staging, "_flush_entry", lambda path: None
+        atomic, "_flush_entry", lambda path: None
     )  # thousands of flushes take minutes and show nothing
     source, file, count, damage = CASES[case]
     source = sources / source

@@ -15,7 +15,7 @@ from benchmarks.cases import MODELS, REFERENCE, TARGETS, TITLES, Case, cases
 from benchmarks.results import Results, UnlikeError
 from benchmarks.tasks import Tasks
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY = {case.name.split()[0]: case for case in cases(["tiny"], ["float32"], [1])}
 MACHINE = {
     "device": "here",

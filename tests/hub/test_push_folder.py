@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 
 from hub_card.card import Base
 from hub_card.errors import PushRefused
-from hub_card.staging import check_repo_id, stage
+from hub_card.publishable import check_repo_id, stage
 
 REPO = "alice/sam"
 MODEL = {"config.json", "configuration_sam_split.py", "modeling_sam_split.py", "model.safetensors", "README.md"}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import BATCH, GRID, IMAGE_SIZE, PROMPTS, boxes, draw, pixels, points, split_model, stock_model
+from models import BATCH, GRID, IMAGE_SIZE, boxes, draw, pixels, points, split_model, stock_model, targets
 from parity import assert_same_gradients
 
 from sam_split.modeling_sam_split import VOID_LABEL, segmentation_loss
@@ -121,13 +121,6 @@ def test_nothing_but_padding_gives_zero():
 @pytest.fixture(scope="module")
 def model():
     return split_model(stock_model()).train()
-
-
-def targets(side: int = SIDE) -> torch.Tensor:
-    """Labels (2, 3, side, side): a half plane for each prompt."""
-    x = torch.arange(side).expand(BATCH, PROMPTS, side, side)
-    border = side * torch.arange(1, BATCH * PROMPTS + 1).view(BATCH, PROMPTS, 1, 1) // (BATCH * PROMPTS + 1)
-    return (x < border).long()
 
 
 def loss_and_gradients(model, **inputs):

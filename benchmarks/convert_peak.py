@@ -1,6 +1,6 @@
 """Peak memory and time of `convert` and `fuse` at ViT-H's size (2.5 GB), beside a plain copy of the file.
 
-    python -m benchmarks.conversion [--folder DIR] [--depth 32]
+    python -m benchmarks.convert_peak [--folder DIR] [--depth 32]
 
 Peak memory counts every resident page, mapped files included, above what the process held before: two of the largest
 tensors plus 100 MB are the limit. Time is compared with copying the checkpoint, flushing it to the disk and reading it
@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 
 from conversion.checkpoints import convert, fuse
+from conversion.config_from_shapes import model_shapes
 from conversion.folder import config_fields
-from conversion.geometry import model_shapes
 from conversion.key_map import KEY_MAP, STOCK_MAP, plan
 from conversion.tensors import Renamed, Spec, Tensors
 from conversion.writing import write_pth, write_weights

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 from sam_split.training import boxes_around, drop_prefix, prefix_hidden_states
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def examples():

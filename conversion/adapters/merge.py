@@ -6,13 +6,13 @@ import torch
 from peft import PeftConfig, PeftModel, set_peft_model_state_dict
 from peft.utils.save_and_load import load_peft_weights
 
-from .checkpoints import FORMATS, describe, write_model
-from .errors import ConversionError
-from .key_map import split_state_dict
-from .models import split_model, stock_model
-from .sources import fetch, open_checkpoint, read_json
-from .staging import check_new
-from .tensors import InMemory, Tensors
+from ..atomic import check_new
+from ..checkpoints import FORMATS, describe, write_model
+from ..errors import ConversionError
+from ..key_map import split_state_dict
+from ..sources import fetch, open_checkpoint, read_json
+from ..tensors import InMemory, Tensors
+from ..verification import split_model, stock_model
 
 
 def merge(base, adapter, out, *, format: str = "split", progress: bool = True) -> None:

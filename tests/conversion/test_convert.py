@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_files import FILES, as_bin, as_is, assert_same, in_bin_shards, in_shards, stock_state, with_duplicate
 from huggingface_hub import constants
 from models import meta_model, stock_model
 from safetensors.torch import load_file, save_file
@@ -17,20 +18,8 @@ from transformers import AutoProcessor, SamConfig, SamModel, SamProcessor
 
 from conversion import ConversionError, config_from_state_dict, convert, from_meta, split_state_dict
 from conversion.cli import main
-from conversion.geometry import check_shapes
-from conversion.key_map import DROPPED
-from conversion.tensors import same_bits
+from conversion.config_from_shapes import check_shapes
 from sam_split import SamSplitConfig, SamSplitModel
-
-FILES = {
-    "LICENSE",
-    "README.md",
-    "config.json",
-    "configuration_sam_split.py",
-    "model.safetensors",
-    "modeling_sam_split.py",
-    "preprocessor_config.json",
-}
 
 
 @pytest.fixture(scope="module")
@@ -48,42 +37,6 @@ def stock_folder(theirs, tmp_path_factory):
 @pytest.fixture(scope="module")
 def meta_state():
     return meta_model().state_dict()
-
-
-def stock_state(theirs):
-    return {key: tensor for key, tensor in theirs.state_dict().items() if key not in DROPPED}
-
-
-def assert_same(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    for key in ours:
-        assert same_bits(ours[key], theirs[key]), key
-
-
-def as_is(folder, state):
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def with_duplicate(folder, state):
-    (key, twin), *_ = DROPPED.items()
-    as_is(folder, {**state, key: state[twin].clone()})
-
-
-def as_bin(folder, state):
-    torch.save(state, folder / "pytorch_model.bin")
-
-
-def in_shards(folder, state, save=save_file, name="model-{:05d}-of-00003.safetensors", index="model.safetensors"):
-    keys, weight_map = sorted(state), {}
-    for number in range(3):
-        shard = name.format(number + 1)
-        save({key: state[key] for key in keys[number::3]}, folder / shard)
-        weight_map |= dict.fromkeys(keys[number::3], shard)
-    (folder / f"{index}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-
-
-def in_bin_shards(folder, state):
-    in_shards(folder, state, torch.save, "pytorch_model-{:05d}-of-00003.bin", "pytorch_model.bin")
 
 
 @pytest.mark.parametrize("write", [as_is, with_duplicate, as_bin, in_shards, in_bin_shards])

@@ -5,10 +5,10 @@ import zipfile
 
 import pytest
 import torch
+from checkpoint_files import assert_same, stock_state
 from models import meta_model, stock_model, tiny_config
 from safetensors.torch import load_file
 from segment_anything import sam_model_registry
-from test_convert import assert_same, stock_state
 from transformers import SamConfig, SamModel
 
 from conversion import ConversionError, convert, fuse

@@ -21,10 +21,10 @@ from transformers import AutoModel, SamModel
 
 from conversion import convert
 from conversion.cli import main
-from conversion.demo import TINY_SAM
+from conversion.cli.demo import TINY_SAM
 from sam_split.training import boxes_around, iou_and_dice
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 
 

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
+from checkpoint_files import stock_state
 from models import TINY, meta_model, redraw, stock_model, tiny_config
 from safetensors.torch import load_file
-from test_convert import stock_state
 from torch import nn
 from transformers import AutoProcessor, SamConfig, SamModel
 

@@ -9,7 +9,7 @@ WITH_EXAMPLES = {
     "sam_split.configuration_sam_split": {"SamSplitConfig"},
     "sam_split.modeling_sam_split": {"SamSplitModel", "segmentation_loss", "window_indices"},
     "sam_split.training": {"boxes_around", "iou_and_dice"},
-    "conversion.resize": {"resample_relative"},
+    "conversion.image_size": {"resample_relative"},
 }
 
 
