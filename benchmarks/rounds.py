@@ -174,9 +174,10 @@ def machine(setting: Setting) -> dict:
 
 
 def model_code() -> str:
-    """A hash of the two files that travel with the model."""
-    names = ("configuration_sam_split.py", "modeling_sam_split.py")
-    return hashlib.sha256(b"".join((ROOT / "sam_split" / name).read_bytes() for name in names)).hexdigest()[:12]
+    """A hash of the code files that travel with the model."""
+    from sam_split import CODE_FILES
+
+    return hashlib.sha256(b"".join((ROOT / "sam_split" / name).read_bytes() for name in CODE_FILES)).hexdigest()[:12]
 
 
 def _device_name(device: str) -> str:

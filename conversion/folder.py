@@ -11,8 +11,6 @@ from .errors import ConversionError
 from .sources import Checkpoint
 from .tensors import Tensors
 
-CODE_FILES = ("configuration_sam_split.py", "modeling_sam_split.py")
-
 
 def split_config(fields: dict, tensors: Tensors):
     """A SamSplitConfig from the fields of a stock or split config.json; `dtype` becomes that of the tensors.
@@ -77,11 +75,11 @@ def main_dtype(tensors: Tensors):
 
 
 def write_code_and_card(folder: Path, checkpoint: Checkpoint, **card) -> None:
-    """The rest of a SamSplit folder: the two code files, LICENSE and README.md, written from what is there already."""
+    """The rest of a SamSplit folder: the code files, LICENSE and README.md, written from what is there already."""
     import sam_split
     from hub_card.card import Evidence, model_card
 
-    for name in CODE_FILES:
+    for name in sam_split.CODE_FILES:
         shutil.copyfile(Path(sam_split.__file__).parent / name, folder / name)
     (folder / "LICENSE").write_text(_license(), encoding="utf-8")
     # write_weights has compared every tensor with what it came from, and raises where a bit differs.

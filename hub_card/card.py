@@ -6,7 +6,6 @@ card that somebody edited alone.
 """
 
 import hashlib
-import importlib.util
 import json
 import math
 import re
@@ -19,8 +18,6 @@ from typing import Literal
 
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors import SafetensorError, safe_open
-
-CODE_FILES = ("configuration_sam_split.py", "modeling_sam_split.py")
 
 # Stands for the repository id until the push knows it; a valid id, so the card of an unpublished folder reads well.
 REPO_PLACEHOLDER = "your-name/your-sam-split"
@@ -138,10 +135,12 @@ def model_card(
 
 
 def code_section(folder: str | Path, repo_id: str = REPO_PLACEHOLDER) -> str:
-    """What `trust_remote_code=True` runs: two files, their sha256 and how to pin them; of an adapter, its base's."""
+    """What `trust_remote_code=True` runs: the code files, their sha256, how to pin them. Of an adapter: its base's."""
     folder = Path(folder)
     if (folder / "adapter_config.json").is_file():
         return _adapter_code_section(read_base(folder))
+    from sam_split import CODE_FILES
+
     digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in CODE_FILES}
     modified = modified_code(folder)
     if modified:
@@ -150,13 +149,13 @@ def code_section(folder: str | Path, repo_id: str = REPO_PLACEHOLDER) -> str:
             f"{'differ' if len(modified) > 1 else 'differs'} from {_package()}: read before you run."
         )
     else:
-        origin = f"Both are byte for byte those of {_package()}."
+        origin = f"They are byte for byte those of {_package()}."
     rows = "\n".join(f"| `{name}` | `{digest}` |" for name, digest in digests.items())
     expected = "\n".join(f'    "{name}": "{digest}",' for name, digest in digests.items())
     return f"""{_CODE_START}
 ## What `trust_remote_code=True` runs
 
-These two files of this repository, on your machine, and nothing else. {origin}
+The {len(CODE_FILES)} Python files named here, of this repository, on your machine, and nothing else. {origin}
 
 | file | sha256 |
 |---|---|
@@ -192,7 +191,7 @@ def _adapter_code_section(base: Base) -> str:
     return f"""{_CODE_START}
 ## What `trust_remote_code=True` runs
 
-Nothing of this repository: it holds no code. The two code files of the base, `{base.repo_id}`, run: those {pinned}.
+Nothing of this repository: it holds no code. The Python files of the base, `{base.repo_id}`, run: those {pinned}.
 {_CODE_END}"""
 
 
@@ -207,8 +206,11 @@ def refresh_code_section(text: str, folder: str | Path, repo_id: str) -> str:
 
 def modified_code(folder: str | Path) -> list[str]:
     """The code files of `folder` that are not byte for byte those of the installed `sam_split`."""
-    package = Path(str(importlib.util.find_spec("sam_split").origin)).parent
-    return [name for name in CODE_FILES if (Path(folder) / name).read_bytes() != (package / name).read_bytes()]
+    import sam_split
+
+    package = Path(sam_split.__file__).parent
+    names = sam_split.CODE_FILES
+    return [name for name in names if (Path(folder) / name).read_bytes() != (package / name).read_bytes()]
 
 
 def tensor_shapes(folder: str | Path, pattern: str = "model*.safetensors") -> dict[str, tuple[int, ...]]:

@@ -17,7 +17,6 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from tqdm import tqdm
 
 from .card import (
-    CODE_FILES,
     REPO_PLACEHOLDER,
     Base,
     hub_id,
@@ -30,8 +29,6 @@ from .errors import PushRefused
 
 MODEL_FILES = {
     "config.json": "configuration; its auto_map names the code",
-    "configuration_sam_split.py": "code that trust_remote_code runs",
-    "modeling_sam_split.py": "code that trust_remote_code runs",
     "model.safetensors": "weights",
     "model.safetensors.index.json": "which shard holds which tensor",
     "preprocessor_config.json": "image processor",
@@ -42,13 +39,7 @@ ADAPTER_FILES = {
     "adapter_model.safetensors": "adapter",
 }
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-CODE = re.compile(r"(configuration|modeling)_\w+\.py")
-
-AUTO_MAP = {
-    "AutoConfig": "configuration_sam_split.SamSplitConfig",
-    "AutoModel": "modeling_sam_split.SamSplitModel",
-    "AutoModelForMaskGeneration": "modeling_sam_split.SamSplitModel",
-}
+CODE = re.compile(r"\w+_sam_split\.py")
 
 _TOKEN = re.compile(rb"hf_[A-Za-z0-9]{20,}")
 
@@ -87,6 +78,11 @@ def is_ours(path: str, adapter: bool) -> bool:
     if adapter:
         return path in ADAPTER_FILES
     return path in MODEL_FILES or bool(SHARD.fullmatch(path) or CODE.fullmatch(path))
+
+
+def _what(path: str) -> str:
+    known = {**MODEL_FILES, **ADAPTER_FILES, "README.md": "model card", "LICENSE": "licence"}
+    return known.get(path, "code that trust_remote_code runs" if CODE.fullmatch(path) else "weights")
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -137,29 +133,28 @@ def stage(
     except ValueError as error:
         raise PushRefused(str(error).replace(str(target), str(folder))) from None
     (target / "README.md").write_text(card, encoding="utf-8", newline="\n")
-    what = {**(ADAPTER_FILES if adapter else MODEL_FILES), "README.md": "model card", "LICENSE": "licence"}
     names = sorted({*paths, "README.md"})
     _refuse_tokens(target, names)
-    files = [
-        _hashed(target / name, name, what.get(name, "weights")) for name in tqdm(names, desc="Hashing", unit="file")
-    ]
+    files = [_hashed(target / name, name, _what(name)) for name in tqdm(names, desc="Hashing", unit="file")]
     left_out = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir() if entry.name not in names)
     return Staged(target, files, left_out, read_base(target) if adapter else None)
 
 
 def _model_paths(folder: Path) -> list[str]:
+    import sam_split  # here, because it imports torch
+
     config = _read_json(folder / "config.json")
     if config.get("model_type") != "sam_split":
         raise PushRefused(
             f"config.json in {folder} says model_type {config.get('model_type')!r}, expected 'sam_split'; "
             f"`sam-split convert {folder} OUT` makes such a folder"
         )
-    for name in CODE_FILES:
+    for name in sam_split.CODE_FILES:
         if not (folder / name).is_file():
             raise PushRefused(
                 f"{folder} holds no {name}, without which AutoModel cannot load it; convert or save it again"
             )
-    paths = ["config.json", *CODE_FILES, *_weight_paths(folder)]
+    paths = ["config.json", *sam_split.CODE_FILES, *_weight_paths(folder)]
     processors = [name for name in ("preprocessor_config.json", "processor_config.json") if (folder / name).is_file()]
     if not processors:
         raise PushRefused(
@@ -206,6 +201,8 @@ def _optional(folder: Path) -> list[str]:
 
 def _published_config(folder: Path) -> dict:
     """The config without this machine's paths, and with an auto_map that points into this repository alone."""
+    from sam_split.configuration_sam_split import AUTO_MAP
+
     config = _read_json(folder / "config.json")
     for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
         part.pop("_name_or_path", None)

@@ -21,6 +21,9 @@ from .modeling_sam_split import (
 
 __version__ = "0.1.0"
 
+# The files that travel with every saved model; the Auto classes find them by AUTO_MAP, in the configuration file.
+CODE_FILES = ("configuration_sam_split.py", "modeling_sam_split.py")
+
 __all__ = [
     "SamSplitConfig",
     "SamSplitImageSegmentationOutput",

@@ -7,7 +7,7 @@ from transformers import SamImageProcessor, SamProcessor
 
 
 def save_split_model(folder, seed: int = 0):
-    """What `save_pretrained` writes for a model and its processor: config, weights, both code files, no card."""
+    """What `save_pretrained` writes for a model and its processor: config, weights, the code files, no card."""
     ours = models.split_model(models.stock_model(seed=seed))
     # High scores and steep edges, so that the mask-generation pipeline keeps some masks.
     torch.nn.init.constant_(ours.mask_decoder.iou_prediction_head.proj_out.bias, 10.0)

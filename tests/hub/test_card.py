@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from hub_card.card import REPO_PLACEHOLDER, Evidence, model_card, refresh_code_section
+from sam_split import CODE_FILES
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 
@@ -54,9 +55,9 @@ def test_the_tensor_count_is_the_folders(folder):
     assert f"{len(weights)} tensors, {sum(tensor.numel() for tensor in weights.values()):,} values" in card
 
 
-def test_both_code_files_with_their_sha256(folder):
+def test_the_code_files_with_their_sha256(folder):
     card = model_card(folder, source=None).content
-    for name in ("configuration_sam_split.py", "modeling_sam_split.py"):
+    for name in CODE_FILES:
         assert f"| `{name}` | `{hashlib.sha256((folder / name).read_bytes()).hexdigest()}` |" in card
 
 

@@ -19,7 +19,6 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 REPO = "alice/sam"
-CODE = ("configuration_sam_split.py", "modeling_sam_split.py")
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +132,7 @@ def test_stale_files_go_in_the_same_commit_and_others_stay(hub, push, folder):
     shard(folder)
     assert push(folder, REPO).code == 0
     assert "model-00002-of-00002.safetensors" in hub.files(REPO)
-    theirs = {"modeling_old.py": b"1", "pictures/a.txt": b"2", "handler.py": b"3", "LICENSE": b"4"}
+    theirs = {"layers_sam_split.py": b"1", "pictures/a.txt": b"2", "handler.py": b"3", "LICENSE": b"4"}
     hub.commit(REPO, theirs, author="alice")
     before = head(hub)
     merged = {key: value for path in folder.glob("*.safetensors") for key, value in load_file(path).items()}
@@ -143,7 +142,7 @@ def test_stale_files_go_in_the_same_commit_and_others_stay(hub, push, folder):
     outcome = push(folder, REPO)
     assert outcome.code == 0
     files = hub.files(REPO).keys()
-    assert not {path for path in files if "-of-" in path or "index" in path or path == "modeling_old.py"}
+    assert not {path for path in files if "-of-" in path or "index" in path or path == "layers_sam_split.py"}
     assert {"model.safetensors", "pictures/a.txt", "handler.py", "LICENSE"} <= files
     assert hub.repositories[REPO].commits[head(hub)].parent == before
     assert "delete model-00001-of-00002.safetensors" in outcome.out
@@ -187,20 +186,20 @@ def test_private_or_not(hub, push, folder, private):
 @pytest.mark.parametrize("exists", [True, False])
 def test_a_dry_run_writes_nothing(hub, push, folder, exists):
     if exists:
-        hub.create(REPO, {"modeling_old.py": b"1"})
+        hub.create(REPO, {"layers_sam_split.py": b"1"})
     outcome = push(folder, REPO, "--dry-run")
     assert outcome.code == 0
     assert "Dry run" in outcome.out
     assert {seen.method for seen in hub.requests} == {"GET"}
     if exists:
-        assert "delete modeling_old.py" in outcome.out
+        assert "delete layers_sam_split.py" in outcome.out
         assert "write  model.safetensors" in outcome.out
     else:
         assert not hub.repositories
 
 
 def test_modified_code(hub, push, folder):
-    with (folder / CODE[1]).open("a") as file:
+    with (folder / "modeling_sam_split.py").open("a") as file:
         file.write("\n# changed\n")
     outcome = push(folder, REPO)
     assert outcome.code == 2
@@ -270,7 +269,7 @@ def test_no_token(hub, folder, tmp_path):
 
 def test_the_folder_is_loaded_first_and_the_token_stays_out_of_sight(hub, push, folder):
     """Code in the folder sees no package, no token, and a command line without one."""
-    with (folder / CODE[0]).open("a") as file:
+    with (folder / "configuration_sam_split.py").open("a") as file:
         file.write(
             "\nimport os, sys\n"
             "assert 'HF_TOKEN' not in os.environ\n"
@@ -301,8 +300,8 @@ def truncate(folder):
 
 
 def needs_the_package(folder):
-    code = (folder / CODE[1]).read_text()
-    (folder / CODE[1]).write_text("import sam_split\n" + code)
+    code = (folder / "modeling_sam_split.py").read_text()
+    (folder / "modeling_sam_split.py").write_text("import sam_split\n" + code)
 
 
 UNLOADABLE = [drop_a_tensor, not_finite, truncate, needs_the_package]

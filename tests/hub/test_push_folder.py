@@ -10,9 +10,10 @@ from huggingface_hub import ModelCard
 from hub_card.card import Base
 from hub_card.errors import PushRefused
 from hub_card.publishable import check_repo_id, stage
+from sam_split import CODE_FILES
 
 REPO = "alice/sam"
-MODEL = {"config.json", "configuration_sam_split.py", "modeling_sam_split.py", "model.safetensors", "README.md"}
+MODEL = {"config.json", *CODE_FILES, "model.safetensors", "README.md"}
 SHA = "0123456789abcdef0123456789abcdef01234567"
 
 
