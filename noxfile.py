@@ -49,6 +49,12 @@ def tests(session):
     _run(session, NEWEST, *PYTEST, *session.posargs)
 
 
+@nox.session(default=False)
+def quick(session):
+    """What to run while working: the tests on the newest versions, without the slow ones."""
+    _run(session, NEWEST, *PYTEST, "-m", "not slow and not network", *session.posargs)
+
+
 @nox.session
 def tests_oldest(session):
     """The tests on the oldest transformers, peft, huggingface_hub and torch that pyproject.toml admits."""

@@ -3,6 +3,7 @@
 One test, so that one process holds one model at a time; with checkpointed layers stock's backward pass needs 5 GB.
 """
 
+import pytest
 import torch
 from models import draw, meta_model, split_config, stock_model
 from parity import (
@@ -19,6 +20,7 @@ from conversion import split_state_dict, to_meta
 from sam_split import SamSplitModel
 
 
+@pytest.mark.slow
 def test_vit_b():
     config = SamConfig()
     # Meta's epsilon, so that one set of weights is the same model in all three.
