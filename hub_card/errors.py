@@ -1,9 +1,7 @@
 """What the push raises. Every message says what was given, what was expected and what to do."""
 
-from conversion.errors import ConversionError
 
-
-class PushRefused(ConversionError):
+class PushRefused(ValueError):
     """The folder, the repository id or the card is not fit to publish. The command line exits with 2."""
 
 

@@ -68,7 +68,10 @@ def add_push_to_hub(parser) -> None:
 
 def check_push_to_hub(args) -> None:
     """Raises PushRefused for a repository id that cannot be one, before hours of work are spent on it."""
-    if args.push_to_hub is not None:
+    if args.push_to_hub is None:
+        if args.private:
+            raise PushRefused("--private is about the repository on the Hub; give its id with --push-to-hub as well")
+    else:
         check_repo_id(args.push_to_hub)
 
 

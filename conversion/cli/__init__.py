@@ -6,6 +6,7 @@ import sys
 import warnings
 
 from hub_card import push
+from hub_card.errors import PushRefused
 
 from ..errors import CheckFailed, ConversionError, ConversionWarning
 from . import demo
@@ -223,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
             return args.run(args) or 0
         except CheckFailed as error:
             return _fail(error, 1)
-        except (ConversionError, OSError) as error:
+        except (ConversionError, PushRefused, OSError) as error:
             return _fail(error, 2)
         except KeyboardInterrupt:
             return _fail("interrupted; nothing was written", 128 + signal.SIGINT)

@@ -383,6 +383,13 @@ def test_a_malformed_repository_id_is_refused_before_the_conversion(world, hub, 
     assert not (tmp_path / "out").exists()
 
 
+def test_private_without_a_repository(world, source, tmp_path):
+    outcome = world[1].run("convert", source, tmp_path / "out", "--private")
+    assert outcome.code == 2
+    assert "--push-to-hub" in outcome.err
+    assert not (tmp_path / "out").exists()
+
+
 # The real command line, in a process of its own, watched from outside
 
 
