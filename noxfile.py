@@ -102,6 +102,15 @@ def matrix(session):
         MATRIX.write_text(table + "\n", encoding="utf-8")
 
 
+@nox.session(default=False)
+def mutants(session):
+    """How many of 120 random one-line mutants the tests catch; `-- 40 7` takes 40 of them by seed 7."""
+    session.install("cosmic-ray~=8.7")
+    python = Path(_python(session, NEWEST))
+    path = os.pathsep.join([str(python.parent), os.environ["PATH"]])
+    session.run("python", "tests/mutants.py", str(python), *session.posargs, env={"PATH": path})
+
+
 @nox.session
 def wheel(session):
     """The main job from an installed wheel, out of the checkout's sight."""
