@@ -4,20 +4,24 @@ import argparse
 import re
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from . import report
-from .cases import MODELS, REFERENCE, Case, cases
-from .results import Results, UnlikeError
-from .rounds import Setting, gemm_peak, machine, model_code, run_case
+from .cases import MODELS, REFERENCE, TITLES, Case, cases
+from .results import Results
+from .rounds import Setting, about, gemm_peak, model_code, run_case
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parents[1] / "README.md"
 
 DESCRIPTION = """\
 Measure SamSplit beside stock transformers (eager, sdpa), Meta's segment-anything, timm's samvit and stock with LoRA on
 its fused qkv: image encoder, LoRA step, mask decoder, loading, converting. Weights are random; nothing is downloaded.
 
-Each peer has a process of its own. Peers take turns, ours, theirs, ours, theirs, so that a machine's other work hits
-all of them alike; each ratio is taken within a round, and the report gives its median, minimum and maximum.
-  on a CPU   time is process CPU seconds on one thread; memory is the resident high-water mark (VmHWM, Linux).
+Each peer runs in its own process. The peers take turns, so that other work on the machine affects all of them alike.
+Each ratio is taken within a round; the report gives its median, minimum and maximum.
+  on a CPU   time is CPU seconds of one thread, user and system apart; memory is the peak resident size (VmHWM, Linux).
   on a GPU   time is between CUDA events; memory is torch's max_memory_allocated.
 """
 
@@ -25,16 +29,18 @@ EPILOG = """\
 examples:
   python -m benchmarks                       everything in float32 on the CPU; about half an hour
   python -m benchmarks --only encoder        the image encoder only
+  python -m benchmarks --peers ours,stock_sdpa --only 'encoder-b1|decoder-64' --rounds 2
   python -m benchmarks --dtype bfloat16 --rounds 1
   python -m benchmarks --device cuda         float32 and bfloat16, batch 1 and 8, SDPA's kernels named
   python -m benchmarks --device cuda --compile --only 'encoder|lora'
   python -m benchmarks --model vit_h --only encoder
   python -m benchmarks --quick               a tiny model, to see that all of this works; its figures mean nothing
-  python -m benchmarks.convert_peak            converting at ViT-H's size, beside a plain copy of the file
+  python -m benchmarks.convert_peak          converting at ViT-H's size, beside a plain copy of the file
   python -m benchmarks --report              write the report again from the figures on disk
 
-A stopped run goes on where it was: cases that are done are not measured again. Figures of another machine, another
-torch or another modeling file are never mixed: --fresh drops them, --out keeps them apart.
+Runs are added to the file of results, and the report shows the range over all of them. A run that was stopped goes on
+on the same day: cases that are done are not measured again. Another day, machine, library version or model file starts
+a new run, so figures are never mixed.
 """
 
 
@@ -45,7 +51,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    here = Path(__file__).parent
     parser.add_argument("--only", metavar="REGEX", default="", help="cases whose name matches; --list shows the names")
     parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -55,16 +60,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--model", type=models, default=["vit_b"], help="vit_b, vit_l, vit_h or several; default: vit_b"
     )
+    parser.add_argument(
+        "--peers", type=listed(*TITLES), help=f"measure only these, and {REFERENCE} beside them; default: all"
+    )
     parser.add_argument("--rounds", type=positive, default=3, help="timed rounds of each case; default: 3")
     parser.add_argument("--threads", type=positive, default=1, help="on a CPU; with more than one, time is wall-clock")
     parser.add_argument("--compile", action="store_true", help="ours and stock sdpa under torch.compile as well")
     parser.add_argument(
         "--profile", action="store_true", help="also where the time of ours and of stock sdpa goes (a GPU: always)"
     )
-    parser.add_argument(
-        "--out", type=Path, default=here / "results", help="folder of the report; default: %(default)s"
-    )
-    parser.add_argument("--fresh", action="store_true", help="drop the figures that are there")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the report; default: %(default)s")
+    parser.add_argument("--again", action="store_true", help="start a new run, though this day has one")
     parser.add_argument("--quick", action="store_true", help="a tiny model; the report is called quick")
     parser.add_argument("--report", action="store_true", help="measure nothing, write the report again")
     arguments = parser.parse_args(argv)
@@ -107,11 +113,14 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     chosen = cases(arguments.model, arguments.dtype, arguments.batch, arguments.compile)
     chosen = [case for case in chosen if arguments.only.search(case.name)]
+    if arguments.peers:
+        kept = [(case, tuple(p for p in case.peers if p in {*arguments.peers, REFERENCE})) for case in chosen]
+        chosen = [replace(case, peers=peers) for case, peers in kept if set(peers) - {REFERENCE}]
     if arguments.list:
         print("\n".join(case.name for case in chosen))
         return 0
     if not chosen:
-        return fail(f"--only {arguments.only.pattern!r} matches no case; --list without it shows all names")
+        return fail(f"--only {arguments.only.pattern!r} leaves no case for these peers; --list alone shows all names")
     name = f"quick-{arguments.device}" if arguments.quick else arguments.device
     try:
         if arguments.report:
@@ -124,32 +133,44 @@ def main(argv: list[str] | None = None) -> int:
                 profile=arguments.profile or arguments.device == "cuda",
                 scale=0.02 if arguments.quick else 1.0,
             )
-            results = Results.open(arguments.out / f"{name}.json", machine(setting), arguments.fresh)
+            results = Results.open(arguments.out / f"{name}.json", about(setting), arguments.again)
             measure(chosen, setting, results)
-    except (UnlikeError, FileNotFoundError, RuntimeError) as error:
+    except (FileNotFoundError, RuntimeError) as error:
         return fail(str(error))
     written = report.write(results, arguments.out, name)
+    if arguments.out == RESULTS and name == "cpu":
+        written.append(quote(results))
     print("\n".join(str(path) for path in written))
     return 0
 
 
+def quote(results: Results) -> Path:
+    """Put the ranges over all runs into README, in the place of its table."""
+    text = README.read_text(encoding="utf-8")
+    table = report.summary(results)
+    (old,) = re.findall(rf"^{re.escape(table[:30])}.*?(?=\n\n)", text, re.MULTILINE | re.DOTALL)
+    README.write_text(text.replace(old, table), encoding="utf-8")
+    return README
+
+
 def measure(chosen: list[Case], setting: Setting, results: Results):
-    """All cases that are not there yet; the figures so far are on disk whenever this stops."""
+    """All cases that the last run lacks; the figures so far are on disk whenever this stops."""
+    run = results.run
     for dtype in dict.fromkeys(case.dtype for case in chosen):
-        if dtype not in results.gemm_peak:
-            results.gemm_peak[dtype] = gemm_peak(setting, dtype)
+        if dtype not in run.gemm_peak:
+            run.gemm_peak[dtype] = gemm_peak(setting, dtype)
             results.save()
     for index, case in enumerate(chosen, 1):
-        if model_code() != results.machine["sam_split"]:
-            raise UnlikeError("the modeling file was changed during the run; run again with --fresh")
+        if model_code() != run.about["sam_split"]:
+            raise RuntimeError("the model's files were changed during the run; run again, which starts a new one")
         rounds = 1 if case.memory_only else setting.rounds
-        if results.has(case, rounds):
+        if run.has(case, rounds):
             print(f"[{index}/{len(chosen)}] {case.name}: there already", flush=True)
             continue
         print(f"[{index}/{len(chosen)}] {case.title}", flush=True)
         with tempfile.TemporaryDirectory(prefix="sam-split-benchmarks-") as folder:
             run_case(case, setting, rounds, folder, results)
-        ours, reference = (results.median(case.name, peer, "seconds") for peer in (case.peers[0], REFERENCE))
+        ours, reference = (run.median(case.name, peer, "seconds") for peer in (case.peers[0], REFERENCE))
         if ours and reference:
             print(f"    {reference / ours:.2f} x as fast as transformers' sdpa", flush=True)
 

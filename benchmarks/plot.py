@@ -1,4 +1,4 @@
-"""The figures as one picture: time and memory of each peer, and how memory grows with tokens and with prompts."""
+"""The figures of one run as a plot: time and memory of each peer, memory over tokens and over prompts."""
 
 import re
 import statistics
@@ -32,10 +32,10 @@ NAMES = {
 
 
 def draw(results: Results, path: Path) -> bool:
-    """Write the picture of the first model and dtype that has all parts; False if none has."""
-    for name in results.cases:
+    """Draw the last run that has all parts, its first model and dtype; False if no run has."""
+    for run, name in [(each, name) for each in reversed(results.runs) for name in each.cases]:
         label = name.split(maxsplit=1)[1]
-        found = {case.split()[0]: results.cases[case] for case in results.cases if case.endswith(label)}
+        found = {case.split()[0]: run.cases[case] for case in run.cases if case.endswith(label)}
         found = {name: case for name, case in found.items() if case["done"]}
         tokens = sorted(
             (case["size"], case) for name, case in found.items() if re.fullmatch(r"encoder-(b1|\d+)", name)
@@ -46,7 +46,7 @@ def draw(results: Results, path: Path) -> bool:
     else:
         return False
     figure, axes = plt.subplots(2, 4, figsize=(16, 7.2), layout="constrained", width_ratios=[1, 1, 1, 1.05])
-    unit = "CPU s" if results.machine["threads"] == 1 else "s"
+    unit = "CPU s" if run.about["threads"] == 1 else "s"
     for column, (name, title) in enumerate(BARS):
         figures = {peer: f for peer, f in found[name]["figures"].items() if "failure" not in f}
         seconds = {peer: statistics.median(f["seconds"]) for peer, f in figures.items()}
@@ -59,7 +59,7 @@ def draw(results: Results, path: Path) -> bool:
     _lines(axes[1, 3], prompts, "prompts", "Mask decoder\nadded memory, GB")
     model, dtype = label.split()
     figure.suptitle(
-        f"ViT-{model[-1].upper()}, {dtype}, batch 1 on {results.machine['device']}. "
+        f"ViT-{model[-1].upper()}, {dtype}, batch 1 on {run.about['device']}, {run.about['date']}. "
         "In brackets: as part of transformers sdpa. Lines: minimum to maximum."
     )
     figure.savefig(path, dpi=110)

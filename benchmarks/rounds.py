@@ -17,6 +17,8 @@ from .cases import REFERENCE, Case
 from .results import Results
 
 ROOT = Path(__file__).parents[1]
+# sam_split.CODE_FILES, by their names: that import would bring torch into this process, which only waits.
+MODEL_FILES = sorted((ROOT / "sam_split").glob("*_sam_split.py"))
 # What the machine keeps for itself: a peer that needs more fails alone, and takes nobody else with it.
 SPARE_BYTES = 2**30
 
@@ -100,11 +102,13 @@ def _memory_limit() -> int | None:
 def run_case(case: Case, setting: Setting, rounds: int, folder: str, results: Results):
     """Start all peers, give each `rounds` turns, and write every figure down at once."""
     peers: dict[str, Peer] = {}
-    results.start(case)
+    run = results.run
+    run.start(case)
 
     def give_up(name: str, error: PeerError):
         print(f"    {name}: {error}", flush=True)
-        results.failed(case, name, str(error))
+        run.failed(case, name, str(error))
+        results.save()
         if name in peers:
             peers.pop(name).close()
 
@@ -121,16 +125,19 @@ def run_case(case: Case, setting: Setting, rounds: int, folder: str, results: Re
                 except PeerError as error:
                     give_up(name, error)
                     continue
-                results.add(case, name, measured)
+                run.add(case, name, measured)
+                results.save()
                 print(f"    {name}: {measured['seconds']:.3g} s{_memory(measured)}", flush=True)
         for name, peer in peers.items():
             profiled = setting.profile and (name == REFERENCE or name.startswith("ours"))
             for question in ["profile"] * profiled + ["flops"]:
                 try:
-                    results.note(case, name, peer.ask(question))
+                    run.note(case, name, peer.ask(question))
+                    results.save()
                 except PeerError as error:  # the figures that are there stay
                     print(f"    {name}: no {question}: {error}", flush=True)
-        results.finish(case, rounds)
+        run.finish(case, rounds)
+        results.save()
     finally:
         for peer in peers.values():
             peer.close()
@@ -155,8 +162,8 @@ def gemm_peak(setting: Setting, dtype: str) -> float:
     return peak
 
 
-def machine(setting: Setting) -> dict:
-    """What the figures depend on. Two runs with the same answer may share a file."""
+def about(setting: Setting) -> dict:
+    """What the figures depend on. Figures with the same answer are of one run."""
     versions = {}
     for package in ("torch", "transformers", "peft", "segment-anything", "timm"):
         try:
@@ -164,20 +171,18 @@ def machine(setting: Setting) -> dict:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
     return {
+        "date": datetime.date.today().isoformat(),
         "device": _device_name(setting.device),
         "threads": setting.threads if setting.device == "cpu" else None,
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "versions": versions,
         "sam_split": model_code(),
-        "date": datetime.date.today().isoformat(),
     }
 
 
 def model_code() -> str:
     """A hash of the code files that travel with the model."""
-    from sam_split import CODE_FILES
-
-    return hashlib.sha256(b"".join((ROOT / "sam_split" / name).read_bytes() for name in CODE_FILES)).hexdigest()[:12]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in MODEL_FILES)).hexdigest()[:12]
 
 
 def _device_name(device: str) -> str:

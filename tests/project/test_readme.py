@@ -3,12 +3,15 @@
 import contextlib
 import io
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 from models import IMAGE_SIZE, stock_model
 from transformers import SamImageProcessor, SamProcessor
 
+from benchmarks import report
+from benchmarks.results import Results
 from conversion import convert
 from conversion.cli import main
 
@@ -38,33 +41,72 @@ def test_python_blocks_run(tmp_path, monkeypatch):
     assert {"config.json", "configuration_sam_split.py", "modeling_sam_split.py", "model.safetensors"} <= written
 
 
-@pytest.mark.parametrize("line", sorted(set(re.findall(r"`(sam-split [a-z]+[^`]*)`", README))))
-def test_commands_exist(line):
-    command = line.split()[1]
-    if command == "COMMAND":
-        return
+def help_of(*words):
     with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.raises(SystemExit) as stop:
-        main([command, "--help"])
-    assert stop.value.code == 0
+        main([*words, "--help"])
+    assert stop.value.code == 0, words
+    return printed.getvalue()
+
+
+LINES = re.findall(r"^sam-split [a-z].*|(?<=`)sam-split [a-z][^`]*", README, re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", sorted(set(LINES)))
+def test_commands_exist(line):
+    words = shlex.split(line, comments=True)[1:]
+    text = help_of(*words[: 1 + (words[0] == "adapter")])
     for flag in re.findall(r"--[a-z-]+", line):
-        assert flag in printed.getvalue()
+        assert flag in text
+
+
+def test_every_command_is_in_the_table():
+    commands = set(re.findall(r"^ {2,4}([a-z]+)(?: {2,}|$)", help_of(), re.MULTILINE))
+    assert "convert" in commands
+    table = section("The command line")
+    assert set(re.findall(r"^\| `sam-split (\w+)", table, re.MULTILINE)) == commands
 
 
 def test_named_files_exist():
-    for path in re.findall(r"`((?:tests|examples|benchmarks)/[\w/.*]+)`", README):
+    folders = "tests|examples|benchmarks|conversion|sam_split|hub_card"
+    paths = re.findall(rf"`((?:{folders})/[\w/.*]*)`", README) + re.findall(r"\]\(([\w/]+\.\w+)\)", README)
+    assert len(paths) > 20
+    for path in paths:
         assert list(ROOT.glob(path)), path
     (tree,) = re.findall(r"^```\n(sam_split/.*?)^```$", README, re.DOTALL | re.MULTILINE)
-    for line in tree.splitlines():
-        assert (ROOT / line.split()[0]).exists(), line
+    named = {line.split()[0] for line in tree.splitlines()}
+    for path in named:
+        assert (ROOT / path).exists(), path
+    folders = {f"{path.name}/" for path in ROOT.iterdir() if list(path.glob("*.py")) and path.name != "tests"}
+    assert folders <= {path.split("/")[0] + "/" for path in named}, "every folder of code stands in the tree"
 
 
-def test_figures_are_measured_ones():
-    reports = (ROOT / "benchmarks/results").rglob("*.md")
-    measured = {figure for report in reports for figure in re.findall(r"\d+\.\d+", report.read_text(encoding="utf-8"))}
-    section = README[README.index("## Speed and memory") : README.index("## Fine-tune on your data")]
-    quoted = re.findall(r"\d+\.\d+", section)
-    assert len(quoted) > 5
-    assert set(quoted) <= measured
+def test_links_within_the_page_lead_somewhere():
+    titles = re.findall(r"^#+ (.*)", README, re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+    links = re.findall(r"\]\(#([^)]*)\)", README)
+    assert links
+    assert set(links) <= anchors
+
+
+def section(title):
+    return README[README.index(f"## {title}\n") :].split("\n## ")[0]
+
+
+def test_speed_and_memory_are_the_reports():
+    """The table is the one that the stored runs give, and nothing beside it is a figure."""
+    table = report.summary(Results.read(ROOT / "benchmarks/results/cpu.json"))
+    text = section("Speed and memory")
+    assert table in text
+    assert re.findall(r"\d+[.%]\d*", text.replace(table, "")) == []
+
+
+def test_coins_are_the_reports():
+    lines = (ROOT / "examples/results/coins.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    iou = {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[2:]}
+    everything, encoder = iou["encoder+decoder"], iou["encoder"]
+    expected = [everything["IoU before"], everything["IoU after"], encoder["IoU after"]]
+    assert re.findall(r"0\.\d+", section("Fine-tune on your data")) == expected
 
 
 def test_ci_runs_the_test_command():
