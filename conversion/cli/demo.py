@@ -1,15 +1,14 @@
 """The main job end to end, `sam-split demo`: convert a checkpoint, load it, compare it with stock, adapt it, draw."""
 
-import argparse
 import sys
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..atomic import new_folder
 from ..errors import CheckFailed, ConversionError
+from .parser import add_command
 
 if TYPE_CHECKING:
     import torch
@@ -104,17 +103,17 @@ class View:
 
 
 def add_parser(subparsers) -> None:
-    """Register the subcommand."""
-    parser = subparsers.add_parser(
+    parser = add_command(
+        subparsers,
         "demo",
+        run,
         help="convert, load, compare, adapt and draw, on a photograph; downloads nothing",
         description=DEMO,
-        epilog="examples:\n  sam-split demo\n  sam-split demo --source facebook/sam-vit-base --out sam-vit-base-demo",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        example="sam-split demo\nsam-split demo --source facebook/sam-vit-base --out sam-vit-base-demo",
+        positionals={},
     )
     parser.add_argument("--source", help="Hub id or transformers folder (default: the tiny SAM of this package)")
     parser.add_argument("--out", default="sam-split-demo", help="folder to make (default: %(default)s)")
-    parser.set_defaults(run=run)
 
 
 def run(args) -> None:
@@ -126,7 +125,6 @@ def run(args) -> None:
     """
     scene = COFFEE if args.source else COINS
     photograph = scene.photograph()
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of peft's calls into transformers, not of the user's
     with new_folder(Path(args.out).absolute()) as folder:
         failed = _demo(args.source, folder, scene, photograph, args.out)
     _say(f"\nwrote {args.out}: split/ is the converted model, demo.png shows what both models draw")

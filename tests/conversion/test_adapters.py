@@ -315,8 +315,7 @@ def test_a_file_that_does_not_fit_is_not_imported(name, samed, tmp_path, capsys)
     assert_refused(argv, message, tmp_path / "out", capsys)
 
 
-def test_import_needs_a_file_and_a_base(tmp_path, capsys):
-    assert_refused(["import", tmp_path / "no.pth", tmp_path / "out"], "needs --base", tmp_path / "out", capsys)
+def test_import_needs_a_file(tmp_path, capsys):
     argv = ["import", tmp_path / "no.pth", tmp_path / "out", "--base", tmp_path]
     assert_refused(argv, "no.pth does not exist", tmp_path / "out", capsys)
 

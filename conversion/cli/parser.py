@@ -1,0 +1,52 @@
+"""How every subcommand is made, and how it says what is wrong with its arguments."""
+
+import argparse
+from collections.abc import Callable, Mapping
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as the commands themselves do, and takes no shortened options."""
+
+    def __init__(self, **options):
+        super().__init__(**{"allow_abbrev": False, **options})
+
+    def error(self, message):
+        self.exit(2, f"sam-split: error: {' '.join(message.split())}; see {self.prog} --help\n")
+
+
+def add_command(
+    subparsers,
+    name: str,
+    run: Callable[[argparse.Namespace], int | None],
+    *,
+    help: str,
+    description: str,
+    example: str,
+    positionals: Mapping[str, str],
+) -> argparse.ArgumentParser:
+    """Add a subcommand; its further options are for the caller to add.
+
+    Args:
+        subparsers: of the parser above it.
+        name: of the subcommand.
+        run: what it does with the parsed arguments; returns the exit code, None for 0.
+        help: its line in the list of commands.
+        description: the text above its arguments, printed as it is.
+        example: whole command lines, printed below its arguments.
+        positionals: name in capitals -> what it is, in order.
+    """
+    parser = subparsers.add_parser(
+        name,
+        help=help,
+        description=description,
+        epilog="example:\n" + "\n".join(f"  {line}" for line in example.splitlines()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for positional, meaning in positionals.items():
+        parser.add_argument(positional.lower(), metavar=positional, help=meaning)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_quiet(parser) -> None:
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
