@@ -32,7 +32,7 @@ def convert(source, out, *, revision: str | None = None, image_size=None, progre
     out = Path(out).absolute()
     check_new(out)
     checkpoint = open_checkpoint(source, revision=revision)
-    if checkpoint.layout == "split":
+    if checkpoint.format == "split":
         raise ConversionError(f"{source} is split already; load it as it is, or turn it back with `sam-split fuse`")
     config, tensors = describe(checkpoint)
     card = {}
@@ -57,8 +57,8 @@ def fuse(source, out, *, format: str = "transformers", progress: bool = True) ->
     out = Path(out).absolute()
     check_new(out)
     checkpoint = open_checkpoint(source)
-    if checkpoint.layout != "split":
-        raise ConversionError(f"{source} is fused already, in the {checkpoint.layout} layout; use it as it is")
+    if checkpoint.format != "split":
+        raise ConversionError(f"{source} is fused already, in the format {checkpoint.format!r}; use it as it is")
     config, tensors = describe(checkpoint)
     write_model(out, format, tensors, config, checkpoint, progress=progress)
 

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping
 
 from .errors import ConversionError, ConversionWarning, MissingKeyError, ShapeError, UnknownKeyError
-from .key_map import layout_of, split_plan
+from .key_map import format_of, split_plan
 
 # Meta's code fixes what leaves no trace in the tensors.
 DECODER_HEADS = 8
@@ -92,7 +92,7 @@ def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict:
 def config_from_state_dict(state_dict: Mapping) -> dict:
     """The same for a whole state dict with Meta's, stock's or SamSplit's keys."""
     shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
-    origins = split_plan(shapes, layout_of(shapes, "the state dict"))
+    origins = split_plan(shapes, format_of(shapes, "the state dict"))
     return config_from_shapes({name: origin.shape(shapes) for name, origin in origins.items()})
 
 

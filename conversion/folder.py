@@ -32,21 +32,21 @@ def split_config(fields: dict, tensors: Tensors):
     return config
 
 
-def config_fields(config, layout: str) -> dict:
+def config_fields(config, format: str) -> dict:
     """The content of config.json: what makes the model, for our class ("split") or for stock's ("transformers")."""
     import transformers
 
     content = {
-        "architectures": ["SamSplitModel" if layout == "split" else "SamModel"],
+        "architectures": ["SamSplitModel" if format == "split" else "SamModel"],
         "dtype": str(config.dtype).removeprefix("torch."),
-        "model_type": "sam_split" if layout == "split" else "sam",
+        "model_type": "sam_split" if format == "split" else "sam",
         "transformers_version": transformers.__version__,
     }
-    if layout == "split":
+    if format == "split":
         content["auto_map"] = config.auto_map
     for part, config_class in _parts().items():
         values = {name: getattr(getattr(config, part), name) for name in _field_names(config_class)}
-        model_type = config_class.model_type if layout == "split" else config_class.model_type.replace("_split", "")
+        model_type = config_class.model_type if format == "split" else config_class.model_type.replace("_split", "")
         content[part] = {**values, "model_type": model_type}
     return content
 

@@ -235,7 +235,7 @@ def _expand(patterns: tuple[str, ...], values: dict[str, object]) -> tuple[str, 
     return tuple(pattern.format(**values) for pattern in patterns)
 
 
-def layout_of(names: Iterable[str], source: str) -> str:
+def format_of(names: Iterable[str], source: str) -> str:
     """Whose names these are: "meta", "transformers" or "split".
 
     Raises:
@@ -257,12 +257,12 @@ def layout_of(names: Iterable[str], source: str) -> str:
     )
 
 
-def split_plan(keys: Iterable[str], layout: str) -> dict[str, Origin]:
-    """The plan from a layout's keys to SamSplit's; for "split" it only checks them."""
-    if layout == "split":
+def split_plan(keys: Iterable[str], format: str) -> dict[str, Origin]:
+    """The plan from a format's keys to SamSplit's; for "split" it only checks them."""
+    if format == "split":
         plan(keys, STOCK_MAP, inverse=True)
         return {key: Origin((key,)) for key in keys}
-    return plan(keys, KEY_MAP if layout == "meta" else STOCK_MAP)
+    return plan(keys, KEY_MAP if format == "meta" else STOCK_MAP)
 
 
 def check_dropped(tensors: Mapping) -> None:

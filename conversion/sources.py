@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import ConversionError
-from .key_map import check_dropped, layout_of, split_plan
+from .key_map import check_dropped, format_of, split_plan
 from .tensors import PickleFiles, Renamed, SafetensorsFiles, Tensors
 
 MODEL_TYPES = {"sam": "transformers", "sam_split": "split"}
@@ -34,15 +34,15 @@ class Checkpoint:
 
     Attributes:
         source: what the user named.
-        layout: whose names and shapes the tensors have: "meta", "transformers" or "split".
-        tensors: under the layout's own keys.
+        format: whose names and shapes the tensors have: "meta", "transformers" or "split".
+        tensors: under the format's own keys.
         config: the content of config.json, or None for Meta's files.
         processor: the image processor's settings, or None if there are none.
         revision: the Hub commit, or None.
     """
 
     source: str
-    layout: str
+    format: str
     tensors: Tensors
     config: dict | None = None
     processor: dict | None = None
@@ -54,9 +54,9 @@ class Checkpoint:
         Raises:
             UnknownKeyError, MissingKeyError, ShapeError: if they are not those of a SAM.
         """
-        if self.layout == "transformers":
+        if self.format == "transformers":
             check_dropped(self.tensors)
-        return Renamed(self.tensors, split_plan(self.tensors, self.layout))
+        return Renamed(self.tensors, split_plan(self.tensors, self.format))
 
 
 def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Checkpoint:
@@ -133,8 +133,8 @@ def _open_folder(folder: Path, source: str) -> Checkpoint:
         )
     config = read_json(folder / "config.json")
     given = config.get("model_type")
-    layout = MODEL_TYPES.get(given) if isinstance(given, str) else None
-    if layout is None:
+    format = MODEL_TYPES.get(given) if isinstance(given, str) else None
+    if format is None:
         known = {"sam2": "SAM 2", "sam2_video": "SAM 2", "sam_hq": "HQ-SAM", "sam3": "SAM 3", "edgetam": "EdgeTAM"}
         name = (
             f"{known[given]} (model_type {given!r})"
@@ -143,22 +143,22 @@ def _open_folder(folder: Path, source: str) -> Checkpoint:
         )
         raise ConversionError(f"{source} is {name}, expected a Segment Anything model ('sam' or 'sam_split')")
     tensors = _folder_tensors(folder, source)
-    found = layout_of(tensors, source)
-    if found != layout:
+    found = format_of(tensors, source)
+    if found != format:
         raise ConversionError(
-            f"{source}: config.json is for the {layout} layout, but the weights have the {found} layout's keys"
+            f"{source}: config.json is for the format {format!r}, but the weights have the keys of {found!r}"
         )
-    return Checkpoint(source, layout, tensors, config, _processor(folder))
+    return Checkpoint(source, format, tensors, config, _processor(folder))
 
 
 def _open_file(path: Path, source: str) -> Checkpoint:
     tensors = SafetensorsFiles([path]) if path.suffix == ".safetensors" else PickleFiles([path])
-    layout = layout_of(tensors, source)
-    if layout != "meta":
+    format = format_of(tensors, source)
+    if format != "meta":
         raise ConversionError(
-            f"{source} has the {layout} layout's keys; name its folder instead, config.json is needed too"
+            f"{source} has the keys of the format {format!r}; name its folder instead, config.json is needed too"
         )
-    return Checkpoint(source, layout, tensors)
+    return Checkpoint(source, format, tensors)
 
 
 def _folder_tensors(folder: Path, source: str) -> Tensors:

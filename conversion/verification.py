@@ -95,7 +95,7 @@ def _compare_outputs(rows, ours: dict, theirs: dict, limit: float) -> None:
 @torch.no_grad()
 def _run(checkpoint: Checkpoint, config) -> dict[str, torch.Tensor]:
     """Image embedding, masks and scores for a fixed image and a point in its middle, in float32."""
-    build = stock_model if checkpoint.layout == "transformers" else split_model
+    build = stock_model if checkpoint.format == "transformers" else split_model
     model = build(config, checkpoint.split_tensors()).float()
     height, width = config.vision_config.grid
     patch = config.vision_config.patch_size

@@ -341,7 +341,7 @@ BAD_STATES = {
     "sam2": ({"image_encoder.trunk.pos_embed": torch.zeros(1)}, "is SAM 2"),
     "mobile_sam": ({"image_encoder.patch_embed.seq.0.c.weight": torch.zeros(1)}, "is MobileSAM"),
     "sam_hq": ({"mask_decoder.hf_token.weight": torch.zeros(1)}, "is HQ-SAM"),
-    "split": ({"vision_encoder.layers.0.attn.q.weight": torch.zeros(1)}, "has the split layout's keys"),
+    "split": ({"vision_encoder.layers.0.attn.q.weight": torch.zeros(1)}, "has the keys of the format 'split'"),
     "stock": ({"vision_encoder.layers.0.attn.qkv.weight": torch.zeros(1)}, "name its folder instead"),
     "adapter": ({"base_model.model.x.lora_A.weight": torch.zeros(1)}, "a PEFT adapter"),
     "resnet": (

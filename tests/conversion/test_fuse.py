@@ -138,7 +138,7 @@ def test_what_a_pth_cannot_say_is_refused(part, field, value, message, split_fol
 
 
 def test_what_is_fused_already_is_not_fused(split_folder, tmp_path):
-    with pytest.raises(ConversionError, match="is fused already, in the transformers layout"):
+    with pytest.raises(ConversionError, match="is fused already, in the format 'transformers'"):
         fuse(split_folder.parent / "stock", tmp_path / "out", progress=False)
 
 
