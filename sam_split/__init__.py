@@ -12,19 +12,27 @@ from .configuration_sam_split import (
     SamSplitVisionConfig,
 )
 from .modeling_sam_split import (
+    VOID_LABEL,
     SamSplitImageSegmentationOutput,
     SamSplitModel,
     SamSplitPreTrainedModel,
     SamSplitVisionEncoderOutput,
     SamSplitVisionModel,
+    segmentation_loss,
 )
 
 __version__ = "0.1.0"
 
 # The files that travel with every saved model; the Auto classes find them by AUTO_MAP, in the configuration file.
-CODE_FILES = ("configuration_sam_split.py", "modeling_sam_split.py")
+CODE_FILES = (
+    "configuration_sam_split.py",
+    "attention_sam_split.py",
+    "checks_sam_split.py",
+    "modeling_sam_split.py",
+)
 
 __all__ = [
+    "VOID_LABEL",
     "SamSplitConfig",
     "SamSplitImageSegmentationOutput",
     "SamSplitMaskDecoderConfig",
@@ -34,6 +42,7 @@ __all__ = [
     "SamSplitVisionConfig",
     "SamSplitVisionEncoderOutput",
     "SamSplitVisionModel",
+    "segmentation_loss",
 ]
 
 AutoConfig.register(SamSplitConfig.model_type, SamSplitConfig, exist_ok=True)

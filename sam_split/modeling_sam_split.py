@@ -13,8 +13,8 @@ Shapes: `B` images, `P` prompts per image, `N` points per prompt, `T` tokens per
 per prompt, `H W` rows and columns of the token grid, `C` channels, `D` channels per head, `S` side of a window in
 tokens. Points and boxes are (x, y) in pixels of the resized, padded input; sizes are (height, width).
 
-This file and `configuration_sam_split.py` are copied into each saved model folder. They import torch, transformers
-and the standard library, and read no file, network or environment.
+This file and the three that it imports, `attention_`, `checks_` and `configuration_sam_split.py`, are copied into each
+saved model folder. They import torch, transformers and the standard library, and read no file, network or environment.
 """
 
 import math
@@ -22,18 +22,22 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import nn
-from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
+from .attention_sam_split import on_cpu, vision_attention
+from .checks_sam_split import (
+    InputCheck,
+    check_device,
+    check_keywords,
+    check_loading,
+    check_values,
+    samples,
+)
 from .configuration_sam_split import SamSplitConfig, SamSplitVisionConfig
-
-# Scores held at once by the banded attention: 4 MB in float32, which a core's caches keep.
-BAND_SCORES = 2**20
 
 # Tokens that pass an MLP of the image encoder at once, so that its wide activations stay small and in cache. They end
 # up a little smaller than the blocks that others leave, which an allocator can then use again.
@@ -42,6 +46,8 @@ TOKENS_AT_ONCE = 500
 # The label of pixels that count neither as object nor as background, torch's usual ignore_index. Not 255: a mask read
 # from a PNG would pass for void wherever there is an object.
 VOID_LABEL = -100
+
+POINT_LABELS = {1: "foreground", 0: "background", -1: "not a point", -10: "padding"}
 
 # Prompts decoded at once. One needs about 30 MB in float32: a CPU is fastest on few, an accelerator on many.
 PROMPTS_AT_ONCE_CPU = 2
@@ -117,253 +123,13 @@ class SamSplitPatchEmbeddings(nn.Module):
 
     def forward(self, pixel_values):
         """(B, channels, height, width) in any floating dtype to (B, H, W, C)."""
-        if tuple(pixel_values.shape[1:]) != self.expected_shape or pixel_values.ndim != 4:
-            raise ValueError(
-                f"pixel_values must be (B, {', '.join(map(str, self.expected_shape))}), got "
-                f"{tuple(pixel_values.shape)}; SamProcessor resizes and pads to that, and "
-                "`sam-split convert --image-size` makes a model for another size"
-            )
+        hint = "SamProcessor makes them; `sam-split convert --image-size` makes a model for another size"
+        InputCheck()("pixel_values", pixel_values, ("B", *self.expected_shape), floating=True, hint=hint)
+        check_device("pixel_values", pixel_values, self.projection.weight)
         hidden_states = self.projection(pixel_values.to(self.projection.weight.dtype)).permute(
             0, 2, 3, 1
         )  # (B, H, W, C)
         return hidden_states.contiguous()  # every layer after it would inherit the strides
-
-
-def window_indices(grid: tuple[int, int], size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each token goes when a grid is cut into windows, and where to find it afterwards.
-
-    The last row and column of windows may reach beyond the grid; those places all point to one extra token, number H
-    * W.
-
-    Args:
-        grid: (H, W) in tokens.
-        size: S, the side of a window in tokens.
-        device: of the indices.
-
-    Returns:
-        `to_windows` (windows, S * S), the numbers of each window's tokens, and `from_windows` (H * W,), its inverse.
-
-    Source: the windowed layers of ViTDet (arXiv 2203.16527); there, padding is at the bottom and the right as well.
-
-    >>> to_windows, from_windows = window_indices((2, 3), 2, torch.device("cpu"))
-    >>> to_windows.tolist()  # two windows; 6 is the extra token
-    [[0, 1, 3, 4], [2, 6, 5, 6]]
-    >>> to_windows.flatten()[from_windows].tolist()
-    [0, 1, 2, 3, 4, 5]
-    """
-    rows, columns = grid
-    window_rows, window_columns = -(-rows // size), -(-columns // size)
-    row = torch.arange(window_rows * size, device=device)[:, None]
-    column = torch.arange(window_columns * size, device=device)[None, :]
-    token = torch.where((row < rows) & (column < columns), row * columns + column, rows * columns)
-    to_windows = token.view(window_rows, size, window_columns, size).transpose(1, 2).flatten(2).flatten(0, 1)
-
-    window = (row // size) * window_columns + column // size
-    place = window * size**2 + (row % size) * size + column % size
-    return to_windows, place[:rows, :columns].flatten()
-
-
-def by_offset(table: torch.Tensor) -> torch.Tensor:
-    """Relative positions (2 * L - 1, D) as (L queries, L keys, D): row i is for a query i - (L - 1) after its key."""
-    length = (table.shape[0] + 1) // 2
-    position = torch.arange(length, device=table.device)
-    return table[position[:, None] - position[None, :] + length - 1]
-
-
-def relative_position_scores(
-    query: torch.Tensor, by_row: torch.Tensor, by_column: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """How much each query likes each row and each column of keys, for how far away they lie.
-
-    The score of a query-key pair is the sum of the two, so H + W numbers per query stand for H * W.
-
-    Args:
-        query: (..., H * W, D), before the 1 / sqrt(D) scaling.
-        by_row: (H, H, D), the vector of each vertical offset of a query from a key.
-        by_column: (W, W, D), the same for horizontal offsets.
-
-    Returns:
-        (..., H * W, H) for the rows and (..., H * W, W) for the columns.
-
-    Source: decomposed relative positions of MViTv2 (arXiv 2112.01526).
-    """
-    query = query.unflatten(-2, (len(by_row), len(by_column)))  # (..., H, W, D)
-    rel_h = torch.einsum("...hwd,hkd->...hwk", query, by_row)
-    rel_w = torch.einsum("...hwd,wkd->...hwk", query, by_column)
-    return rel_h.flatten(-3, -2), rel_w.flatten(-3, -2)
-
-
-def eager_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    rel_h: torch.Tensor | None,
-    rel_w: torch.Tensor | None,
-    scale: float,
-    dropout: float = 0.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention by its formula, with all scores in memory.
-
-    Args:
-        query, key, value: (B, heads, H * W, D).
-        rel_h, rel_w: (B, heads, H * W, H) and (B, heads, H * W, W), or None twice.
-        scale: factor of the dot products.
-        dropout: share of attention weights set to zero.
-
-    Returns:
-        (B, heads, H * W, D) and the weights (B, heads, H * W, H * W).
-    """
-    scores = (query * scale) @ key.transpose(-2, -1)
-    if rel_h is not None:
-        scores = scores + (rel_h[..., :, None] + rel_w[..., None, :]).flatten(-2)
-    weights = F.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
-    return F.dropout(weights, dropout) @ value, weights
-
-
-def folded_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    rel_h: torch.Tensor,
-    rel_w: torch.Tensor,
-    scale: float,
-) -> torch.Tensor:
-    """The same attention through the fused kernels of `scaled_dot_product_attention`, which take no computed bias.
-
-    The bias becomes part of the dot product: [q * scale | rel_h | rel_w] . [k | one-hot row | one-hot column]. Exact,
-    and linear in tokens forward and backward. Arguments and first result as in `eager_attention`.
-    """
-    rows, columns, head_dim = rel_h.shape[-1], rel_w.shape[-1], value.shape[-1]
-    one_hot_row = torch.eye(rows, dtype=key.dtype, device=key.device).repeat_interleave(columns, 0)  # (H * W, H)
-    one_hot_column = torch.eye(columns, dtype=key.dtype, device=key.device).repeat(rows, 1)  # (H * W, W)
-    one_hot = torch.cat([one_hot_row, one_hot_column], dim=-1).expand(*key.shape[:2], -1, -1)
-    query = torch.cat([query * scale, rel_h.to(query.dtype), rel_w.to(query.dtype)], dim=-1)
-    key = torch.cat([key, one_hot], dim=-1)
-    padding = -query.shape[-1] % 8  # the kernels want aligned rows
-    query, key = F.pad(query, (0, padding)), F.pad(key, (0, padding))
-    # CUDA's memory-efficient kernel takes narrower values; the CPU's would fall back to a full score matrix.
-    width = head_dim + -head_dim % 8 if query.is_cuda else query.shape[-1]
-    value = F.pad(value, (0, width - head_dim))
-    return F.scaled_dot_product_attention(query, key, value, scale=1.0)[..., :head_dim]
-
-
-class BandedAttention(torch.autograd.Function):
-    """The same attention on a CPU: a window or a head at a time, in bands of query rows, all within its caches.
-
-    Neither scores nor windows are ever laid out for the whole image. Backward computes them again from the projected
-    tokens, the one thing that is kept.
-    """
-
-    @staticmethod
-    def blocks(query, windows):
-        """Index pairs (tokens of an image, heads) that cover all scores, and the rows of queries to take at once."""
-        _, tokens, heads, _ = query.shape
-        if windows is not None:
-            tokens = windows.shape[1]
-        rows = max(1, min(tokens, BAND_SCORES // tokens))
-        group = max(1, min(heads, BAND_SCORES // (rows * tokens)))
-        bands = [slice(row, row + rows) for row in range(0, tokens, rows)]
-        blocks = [
-            (window, slice(head, head + group))
-            for window in ([slice(None)] if windows is None else windows)
-            for head in range(0, heads, group)
-        ]
-        return blocks, bands, query.new_empty(2, group, rows, tokens)  # asking for memory takes longer than filling it
-
-    @staticmethod
-    def weights(query, key, rel_h, rel_w, scale, scores):
-        """Attention weights (heads, queries, keys) of one band, in the memory of `scores`."""
-        scores = scores[: query.shape[0], : query.shape[1]]
-        by_key = scores.unflatten(-1, (rel_h.shape[-1], rel_w.shape[-1]))  # (heads, queries, H, W)
-        torch.add(rel_h[..., :, None], rel_w[..., None, :], out=by_key)
-        scores.baddbmm_(query, key.transpose(1, 2), alpha=scale)
-        return torch.softmax(scores, dim=-1, out=scores)
-
-    @staticmethod
-    def forward(ctx, query, key, value, by_row, by_column, windows, scale):
-        """(B, tokens, heads, D) to the same.
-
-        Args:
-            query, key, value: (B, tokens, heads, D).
-            by_row, by_column: see `relative_position_scores`.
-            windows: (windows, S * S), the tokens of each window, or None for one window over all of them.
-            scale: factor of the dot products.
-        """
-        ctx.save_for_backward(query, key, value, by_row, by_column)
-        ctx.windows, ctx.scale = windows, scale
-        blocks, bands, (scores, _) = BandedAttention.blocks(query, windows)
-        output = torch.empty_like(query)
-        for image in range(len(query)):
-            for block in blocks:
-                q, k, v = (x[image][block].transpose(0, 1) for x in (query, key, value))  # (heads, tokens, D)
-                rel_h, rel_w = relative_position_scores(q, by_row, by_column)
-                context = torch.empty_like(q)
-                for band in bands:
-                    at = slice(None), band
-                    weights = BandedAttention.weights(q[at], k, rel_h[at], rel_w[at], scale, scores)
-                    torch.bmm(weights, v, out=context[at])
-                output[image][block] = context.transpose(0, 1)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_output):
-        saved = ctx.saved_tensors  # checkpointing hands them out once
-        tokens, tables = saved[:3], saved[3:]
-        learned = any(ctx.needs_input_grad[3:5])  # the tables, which are frozen beside adapters
-        blocks, bands, (scores, grad_scores) = BandedAttention.blocks(tokens[0], ctx.windows)
-        # The token that stands for all padding gets a part from several windows, so sums are float32 at least.
-        wide = torch.promote_types(grad_output.dtype, torch.float32)
-        grad_tokens = [torch.zeros_like(x, dtype=wide) for x in tokens]
-        grad_tables = [torch.zeros_like(x, dtype=wide) for x in tables]
-        for image in range(len(grad_output)):
-            for block in blocks:
-                q, k, v, grad_context = (x[image][block].transpose(0, 1) for x in (*tokens, grad_output))
-                with torch.enable_grad():
-                    leaves = [x.detach().requires_grad_(x is q or learned) for x in (q, *tables)]
-                    rel = relative_position_scores(*leaves)
-                rel_h, rel_w = (x.detach() for x in rel)
-                grad_rel = [torch.empty_like(x) for x in rel]
-                grad_q = torch.empty_like(q)
-                # (heads, D, tokens), in which the products below are a quarter faster
-                grad_k, grad_v = (torch.zeros_like(x.transpose(1, 2), dtype=wide) for x in (k, v))
-                for band in bands:
-                    at = slice(None), band
-                    weights = BandedAttention.weights(q[at], k, rel_h[at], rel_w[at], ctx.scale, scores)
-                    _add_product(grad_v, grad_context[at].transpose(1, 2), weights)
-                    grad = grad_scores[: weights.shape[0], : weights.shape[1]]
-                    torch.bmm(grad_context[at], v.transpose(1, 2), out=grad)
-                    grad *= weights
-                    grad.addcmul_(weights, grad.sum(-1, keepdim=True), value=-1)
-                    grad_q[at] = (grad @ k) * ctx.scale
-                    _add_product(grad_k, q[at].transpose(1, 2) * ctx.scale, grad)
-                    by_key = grad.unflatten(-1, (rel_h.shape[-1], rel_w.shape[-1]))  # (heads, queries, H, W)
-                    grad_rel[0][at], grad_rel[1][at] = by_key.sum(-1), by_key.sum(-2)
-                grad_query, *grad_offsets = torch.autograd.grad(rel, leaves if learned else leaves[:1], grad_rel)
-                grad_q, grad_k, grad_v = grad_q + grad_query, grad_k.transpose(1, 2), grad_v.transpose(1, 2)
-                for total, part in zip(grad_tables if learned else [], grad_offsets, strict=True):
-                    total += part
-                for total, part in zip(grad_tokens, (grad_q, grad_k, grad_v), strict=True):
-                    _add_at(total[image], block, part.transpose(0, 1))
-        grads = zip((*grad_tokens, *grad_tables), saved, strict=True)
-        return *(grad.to(x.dtype) for grad, x in grads), None, None
-
-
-def _add_product(total, left, right):
-    """`total += left @ right`; the sum may be of a wider dtype."""
-    if total.dtype == left.dtype:
-        total.baddbmm_(left, right)
-    else:
-        total += left @ right
-
-
-def _add_at(total, block, part):
-    """`total[block] += part`, where tokens may be named several times."""
-    tokens, heads = block
-    if isinstance(tokens, slice):
-        total[block] += part
-    else:
-        total[:, heads].index_add_(0, tokens, part.to(total.dtype))
 
 
 class SamSplitVisionAttention(nn.Module):
@@ -380,10 +146,13 @@ class SamSplitVisionAttention(nn.Module):
         self.k = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
         self.v = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        rows, columns = (window_size, window_size) if window_size else config.grid
         if config.use_rel_pos:
-            rows, columns = (window_size, window_size) if window_size else config.grid
             self.rel_pos_h = nn.Parameter(torch.zeros(2 * rows - 1, self.head_dim))
             self.rel_pos_w = nn.Parameter(torch.zeros(2 * columns - 1, self.head_dim))
+        else:
+            self.rel_pos_h = self.rel_pos_w = None
+        self.sides = rows, columns
 
     def forward(self, hidden_states, output_attentions=False):
         """(B, H, W, C) to the same, and the weights (B * windows * heads, tokens, tokens) or None."""
@@ -393,61 +162,27 @@ class SamSplitVisionAttention(nn.Module):
             # One zero token stands for all padding: its query, key and value are whatever the layers, with the
             # biases and adapters they have, make of zero.
             tokens = F.pad(tokens, (0, 0, 0, 1))  # (B, H * W + 1, C)
+        # Tensor parallelism leaves only some of the heads here.
         q, k, v = (layer(tokens).unflatten(-1, (-1, self.head_dim)) for layer in (self.q, self.k, self.v))
-        context, weights = self._attend(q, k, v, grid, output_attentions)  # (B, H * W, heads, D)
+        context, weights = vision_attention(
+            q,
+            k,
+            v,
+            self._tables(q),
+            grid,
+            self.window_size,
+            self.scale,
+            self.config._attn_implementation or "sdpa",
+            self.config.attention_dropout if self.training else 0.0,
+            output_attentions,
+        )  # (B, H * W, heads, D)
         return self.proj(context.flatten(2)).unflatten(1, grid), weights
 
-    def _attend(self, q, k, v, grid, output_attentions):
-        """The attention that `attn_implementation` names, on (B, H * W, heads, D), in windows with a zero token more.
-
-        Tensor parallelism leaves only some of the heads here.
-        """
-        implementation = self.config._attn_implementation or "sdpa"
-        dropout = self.config.attention_dropout if self.training else 0.0
-        self._check_implementation(implementation, dropout, output_attentions)
-        to_windows = from_windows = by_row = by_column = rel_h = rel_w = weights = None
-        if self.window_size:
-            to_windows, from_windows = window_indices(grid, self.window_size, q.device)
-        if self.config.use_rel_pos:
-            by_row, by_column = (by_offset(table).to(q.dtype) for table in (self.rel_pos_h, self.rel_pos_w))
-        banded = implementation == "sdpa" and not (q.is_cuda or torch.compiler.is_compiling())
-        if banded and self.config.use_rel_pos:
-            with torch.autocast("cpu", enabled=False):
-                context = BandedAttention.apply(q, k, v, by_row, by_column, to_windows, self.scale)
-            return context[:, : grid[0] * grid[1]], None
-
-        if self.window_size:
-            shape, to_windows = to_windows.shape, to_windows.flatten()
-            q, k, v = (x.index_select(1, to_windows).unflatten(1, shape).flatten(0, 1) for x in (q, k, v))
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B or B * windows, heads, H * W or S * S, D)
-        if self.config.use_rel_pos:
-            rel_h, rel_w = relative_position_scores(q, by_row, by_column)
-        if implementation == "eager":
-            context, weights = eager_attention(q, k, v, rel_h, rel_w, self.scale, dropout)
-        elif self.config.use_rel_pos:
-            context = folded_attention(q, k, v, rel_h, rel_w, self.scale)
-        else:
-            context = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
-        context = context.transpose(1, 2)
-        if self.window_size:
-            context = context.unflatten(0, (-1, shape[0])).flatten(1, 2).index_select(1, from_windows)
-        return context, weights.flatten(0, 1) if output_attentions else None
-
-    def _check_implementation(self, implementation, dropout, output_attentions):
-        if implementation not in ("sdpa", "eager"):  # set_attn_implementation lets any name pass
-            raise ValueError(
-                f"attn_implementation={implementation!r} cannot add relative positions; use 'sdpa' or 'eager'"
-            )
-        if implementation == "sdpa" and output_attentions:
-            raise ValueError(
-                "output_attentions=True needs all attention scores, and attn_implementation='sdpa' never holds them; "
-                "use attn_implementation='eager'"
-            )
-        if implementation == "sdpa" and dropout:
-            raise ValueError(
-                f"attn_implementation='sdpa' has no dropout, and attention_dropout={dropout}; set it to 0 or use "
-                "attn_implementation='eager'"
-            )
+    def _tables(self, like):
+        """The relative positions of rows and columns; zeros add nothing."""
+        if self.rel_pos_h is not None:
+            return self.rel_pos_h, self.rel_pos_w
+        return tuple(like.new_zeros(2 * side - 1, self.head_dim) for side in self.sides)
 
 
 class SamSplitVisionLayer(GradientCheckpointingLayer):
@@ -461,7 +196,7 @@ class SamSplitVisionLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states, output_attentions=False):
         attended, weights = self.attn(self.layer_norm1(hidden_states), output_attentions)
         hidden_states = hidden_states + attended
-        if hidden_states.is_cuda or torch.compiler.is_compiling():
+        if not on_cpu(hidden_states):
             return hidden_states + self.mlp(self.layer_norm2(hidden_states)), weights
         pieces = [
             tokens + self.mlp(self.layer_norm2(tokens))
@@ -606,9 +341,8 @@ class SamSplitPromptEncoder(nn.Module):
             dense = self.mask_embed(input_masks)
         else:
             dense = self.mask_embed(input_masks.flatten(0, 1)).unflatten(0, input_masks.shape[:2])
-        if self.training and torch.is_grad_enabled():
-            # What these kinds of prompt do not use: DistributedDataParallel waits for its gradient, be it zero.
-            dense = dense + 0 * sum(parameter.sum() for parameter in self.parameters())
+        if self.training and torch.is_grad_enabled():  # some kinds of prompt leave some parameters out
+            dense = _ZeroGradients.apply(dense, *self.parameters())
         return torch.cat(sparse, dim=2) if sparse else None, dense
 
     def _embed_points(self, points, labels, positional_embedding):
@@ -624,6 +358,20 @@ class SamSplitPromptEncoder(nn.Module):
         height, width = self.image_size
         x, y = (coordinates + 0.5).unbind(-1)  # a click addresses the centre of its pixel
         return positional_embedding(torch.stack([x / width, y / height], dim=-1))
+
+
+class _ZeroGradients(torch.autograd.Function):
+    """A tensor as it is, and a gradient of zero for parameters: DistributedDataParallel waits for one of each."""
+
+    @staticmethod
+    def forward(ctx, tensor, *parameters):
+        ctx.save_for_backward(*parameters)
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        wanted = zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True)
+        return grad_output, *(torch.zeros_like(parameter) if needed else None for parameter, needed in wanted)
 
 
 def _row(embedding, device):
@@ -893,12 +641,13 @@ class SamSplitMaskDecoder(nn.Module):
         image = image.flatten(3).transpose(2, 3).contiguous()  # (B, P or 1, H * W, C)
         image_positions = image_positional_embeddings.flatten(2).transpose(1, 2)[None].contiguous()  # (1, 1, H * W, C)
         projected = self.transformer.layers[0].project_image(image, image_positions)
+        check = InputCheck(image_embeddings, "image_embeddings")
         if attention_similarity is not None:
             scores_shape = (batch * prompts, self.num_attention_heads, tokens.shape[2], image.shape[2])
-            _check_broadcasts("attention_similarity", attention_similarity, "(B * P, heads, T, H * W)", scores_shape)
+            check("attention_similarity", attention_similarity, scores_shape, broadcast=True)
             attention_similarity = _with_prompt_axis(attention_similarity, batch, prompts)
         if target_embedding is not None:
-            _check_broadcasts("target_embedding", target_embedding, "(B, P, T, C)", tuple(tokens.shape))
+            check("target_embedding", target_embedding, tuple(tokens.shape), broadcast=True)
             target_embedding = target_embedding[(None,) * (4 - target_embedding.ndim)]
 
         wanted = range(1, self.num_mask_tokens) if multimask_output else range(1)
@@ -935,23 +684,15 @@ class SamSplitMaskDecoder(nn.Module):
         output_tokens = output_tokens.expand(*sparse_prompt_embeddings.shape[:2], -1, -1)
         return torch.cat([output_tokens, sparse_prompt_embeddings.to(output_tokens.dtype)], dim=2)
 
-    def _used(self, wanted):
-        """All mask tokens in training: DistributedDataParallel waits for a gradient of every head, be it zero."""
-        return range(self.num_mask_tokens) if self.training and torch.is_grad_enabled() else wanted
-
     def _masks(self, tokens, image, grid, wanted):
         """Logits (B, P, M, 4 * H, 4 * W) of the wanted mask tokens."""
         upscaled = self.activation(self.upscale_layer_norm(self.upscale_conv1(image)))  # (B, P, H * W, 4, C / 4)
         upscaled = self.activation(self.upscale_conv2(upscaled))  # (B, P, H * W, 4, 4, C / 8)
-        filters = {
-            index: self.output_hypernetworks_mlps[index](tokens[:, :, 1 + index]) for index in self._used(wanted)
-        }
-        if len(filters) > len(wanted):
-            unwanted = sum(output.sum() for index, output in filters.items() if index not in wanted)
-            filters[wanted[0]] = filters[wanted[0]] + 0 * unwanted
-        masks = torch.stack([filters[index] for index in wanted], dim=2) @ upscaled.flatten(2, 4).transpose(
-            -1, -2
-        )  # (B, P, M, H * W * 4 * 4)
+        heads = self.output_hypernetworks_mlps
+        filters = torch.stack([heads[index](tokens[:, :, 1 + index]) for index in wanted], dim=2)  # (B, P, M, C / 8)
+        if self.training and torch.is_grad_enabled():  # the heads of masks that are not wanted
+            filters = _ZeroGradients.apply(filters, *heads.parameters())
+        masks = filters @ upscaled.flatten(2, 4).transpose(-1, -2)  # (B, P, M, H * W * 4 * 4)
         masks = masks.unflatten(-1, (*grid, 2, 2, 2, 2))  # rows, columns, then row and column twice over
         return masks.permute(0, 1, 2, 3, 5, 7, 4, 6, 8).flatten(6).flatten(3, 5)  # (B, P, M, 4 * H, 4 * W)
 
@@ -973,13 +714,6 @@ def _with_prompt_axis(similarity, batch, prompts):
     """A tensor that broadcasts to (B * P, heads, T, H * W) as one that broadcasts to (B, P, heads, T, H * W)."""
     similarity = similarity[(None,) * (4 - similarity.ndim)]
     return similarity[None] if similarity.shape[0] == 1 else similarity.unflatten(0, (batch, prompts))
-
-
-def _check_broadcasts(name, tensor, letters, shape):
-    """Raise ValueError unless a tensor broadcasts to a shape, which `letters` spells."""
-    fits = tensor.ndim <= len(shape)
-    if not fits or any(given not in (1, side) for given, side in zip(tensor.shape[::-1], shape[::-1], strict=False)):
-        raise ValueError(f"{name} must broadcast to {letters} = {shape}, got {tuple(tensor.shape)}")
 
 
 def segmentation_loss(masks: torch.Tensor, ious: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -1018,15 +752,14 @@ def segmentation_loss(masks: torch.Tensor, ious: torch.Tensor, labels: torch.Ten
     weight = weight[:, :, None]
     pixels = weight.flatten(3).sum(-1).clamp(min=1)  # (B, P, 1)
 
-    probability = masks.sigmoid()
-    right = probability * target + (1 - probability) * (1 - target)
-    balance = 0.25 * target + 0.75 * (1 - target)
+    p = masks.sigmoid()  # (B, P, M, h, w)
+    p_t = p * target + (1 - p) * (1 - target)
+    alpha_t = 0.25 * target + 0.75 * (1 - target)
     cross_entropy = F.binary_cross_entropy_with_logits(masks, target.expand_as(masks), reduction="none")
-    focal = (weight * balance * (1 - right) ** 2 * cross_entropy).flatten(3).sum(-1) / pixels  # (B, P, M)
+    focal = (weight * alpha_t * (1 - p_t) ** 2 * cross_entropy).flatten(3).sum(-1) / pixels  # (B, P, M)
 
-    both = (weight * probability * target).flatten(3).sum(-1)
-    either = (weight * (probability + target)).flatten(3).sum(-1)
-    dice = 1 - (2 * both + 1) / (either + 1)
+    intersection = (weight * p * target).flatten(3).sum(-1)
+    dice = 1 - (2 * intersection + 1) / ((weight * (p + target)).flatten(3).sum(-1) + 1)
 
     with torch.no_grad():
         predicted, wanted = (masks > 0).to(weight.dtype), (target > 0.5).to(weight.dtype)
@@ -1061,9 +794,9 @@ class SamSplitPreTrainedModel(PreTrainedModel):
         It means only what the checkpoint lacks, but 5.0.0 drew what was loaded anew as soon as it did not recognise it
         as such.
         """
-        before = _samples(self)
+        before = samples(self)
         super().initialize_weights()
-        after = _samples(self)
+        after = samples(self)
         self._drawn_tensors = [name for name in before if not torch.equal(before[name], after[name])]
 
     @classmethod
@@ -1113,62 +846,8 @@ class SamSplitPreTrainedModel(PreTrainedModel):
                 f"the weights in {str(pretrained_model_name_or_path)!r} cannot be read ({error}); the file is damaged "
                 "or cut short: download it again, or make it again with `sam-split convert SOURCE OUT`"
             ) from error
-        _check_loading(model, str(pretrained_model_name_or_path), info, allow_mismatch)
+        check_loading(model, str(pretrained_model_name_or_path), info, allow_mismatch)
         return (model, info) if with_info else model
-
-
-def _samples(model):
-    """Name -> the bits of the first elements of each tensor in memory; they differ once it is drawn anew."""
-    samples = {}
-    for name, tensor in model.state_dict().items():
-        tensor = getattr(tensor, "_local_tensor", tensor)  # a sharded tensor's part on this device
-        if type(tensor) is torch.Tensor and tensor.device.type != "meta":  # quantised ones are never drawn
-            samples[name] = tensor.flatten()[:8].clone().view(torch.uint8)
-    return samples
-
-
-def _check_loading(model, source, info, allow_mismatch):
-    """Raise unless a model holds the tensors of a checkpoint, all of them and no others.
-
-    Args:
-        model: what was filled.
-        source: what it was filled from, for the message.
-        info: transformers' loading info: `missing_keys`, `unexpected_keys` and `mismatched_keys`.
-        allow_mismatch: whether tensors of another shape are accepted.
-    """
-    fused = sorted(key for key in info["unexpected_keys"] if ".attn.qkv." in key)
-    if fused:
-        raise ValueError(
-            f"{source!r} holds the fused {fused[0]!r}, and SamSplit has separate q, k and v; convert it once with "
-            f"`sam-split convert {source} OUT` and load OUT"
-        )
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise ValueError(
-            f"{source!r} lacks {len(missing)} of the model's tensors, the first is {missing[0]!r}; it is not a "
-            "complete SamSplit model: make one with `sam-split convert SOURCE OUT`"
-        )
-    if info["mismatched_keys"] and not allow_mismatch:
-        # transformers 5 lists (key, shape in the file, shape in the model), 4 the key alone.
-        first = min(entry if isinstance(entry, tuple) else (entry,) for entry in info["mismatched_keys"])
-        given = f" as {tuple(first[1])}" if len(first) > 1 else " in another shape"
-        expected = tuple(model.state_dict()[first[0]].shape)
-        raise ValueError(
-            f"{source!r} holds {first[0]!r}{given}, and its config expects {expected}; make a folder in which the two "
-            "agree with `sam-split convert SOURCE OUT`"
-        )
-    if info["unexpected_keys"]:
-        extra = sorted(info["unexpected_keys"])
-        raise ValueError(
-            f"{source!r} holds {len(extra)} tensors that its config has no place for, the first is {extra[0]!r}; make "
-            "a folder in which the two agree with `sam-split convert SOURCE OUT`"
-        )
-    mismatched = {entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]}
-    if redrawn := sorted(set(model._drawn_tensors) - mismatched):
-        raise RuntimeError(
-            f"transformers {transformers.__version__} replaced {len(redrawn)} tensors of {source!r} by random ones, "
-            f"the first is {redrawn[0]!r}; install another version"
-        )
 
 
 class SamSplitVisionModel(SamSplitPreTrainedModel):
@@ -1197,14 +876,16 @@ class SamSplitVisionModel(SamSplitPreTrainedModel):
 
         Args:
             pixel_values: (B, channels, height, width), normalised, resized and padded by `SamProcessor`.
-            output_attentions: whether to return attention weights, with `attn_implementation="eager"` only.
+            output_attentions: whether to return attention weights, for which all scores are held.
             output_hidden_states: whether to return the tokens before and after each layer.
             return_dict: False for a plain tuple.
-            kwargs: ignored; processors and trainers pass extras.
+            kwargs: `original_sizes` and `reshaped_input_sizes`, which `SamProcessor` returns, change nothing.
 
         Raises:
-            ValueError: if the shape of `pixel_values` is not the model's.
+            TypeError: if `pixel_values` is no tensor, or a keyword is unknown.
+            ValueError: if the shape of `pixel_values` is not the model's, or its values are integers.
         """
+        check_keywords(SamSplitVisionModel.forward, kwargs)
         output = self.vision_encoder(
             pixel_values,
             _default(output_attentions, self.config, "output_attentions"),
@@ -1248,17 +929,23 @@ class SamSplitModel(SamSplitPreTrainedModel):
         """The positional embedding (1, C, H, W) of every place in the grid."""
         return self._image_positions(self.shared_image_embedding.positional_embedding.device)
 
-    def get_image_embeddings(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
+    def get_image_embeddings(
+        self,
+        pixel_values: torch.Tensor,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> torch.Tensor:
         """The image embedding (B, C, H, W), to be computed once and given to `forward` for many prompts.
 
         Gradients flow when they are enabled; wrap the call in `torch.no_grad()` for inference.
 
         Args:
             pixel_values: (B, channels, height, width), as for `forward`.
-            kwargs: `output_attentions` and `output_hidden_states` are accepted and change nothing.
+            output_attentions, output_hidden_states: change nothing; transformers' `SamModel` takes them.
 
         Raises:
-            ValueError: if the shape of `pixel_values` is not the model's.
+            TypeError: if `pixel_values` is no tensor.
+            ValueError: if the shape of `pixel_values` is not the model's, or its values are integers.
         """
         return self.vision_encoder(pixel_values).last_hidden_state
 
@@ -1278,10 +965,7 @@ class SamSplitModel(SamSplitPreTrainedModel):
         Raises:
             ValueError: if the prompts' shapes do not fit each other or the model.
         """
-        given = [prompt for prompt in (input_points, input_boxes, input_masks) if prompt is not None]
-        batch = given[0].shape[0] if given else 1
-        device = given[0].device if given else self.prompt_encoder.no_mask_embed.weight.device
-        return self._embed_prompts(input_points, input_labels, input_boxes, input_masks, batch, device)
+        return self._embed_prompts(input_points, input_labels, input_boxes, input_masks, InputCheck())
 
     def forward(
         self,
@@ -1318,16 +1002,20 @@ class SamSplitModel(SamSplitPreTrainedModel):
             labels: (B, P, height, width) like `pixel_values`, or (B, P, 4 * H, 4 * W) like the masks: 1 inside the
                 object, 0 outside, -100 where neither counts. The output then has a `loss`, see `segmentation_loss`; a
                 prompt whose labels are -100 everywhere is padding.
-            output_attentions: whether to return attention weights, with `attn_implementation="eager"` only, and what
-                the mask decoder's tokens add to the image.
+            output_attentions: whether to return attention weights, for which all scores are held, and what the mask
+                decoder's tokens add to the image.
             output_hidden_states: whether to return the image encoder's tokens before and after each layer.
             return_dict: False for a plain tuple.
-            kwargs: ignored; processors, trainers and PEFT pass extras.
+            kwargs: `original_sizes` and `reshaped_input_sizes`, which `SamProcessor` returns, change nothing.
 
         Raises:
-            ValueError: if both or neither of `pixel_values` and `image_embeddings` are given, or if shapes do not fit
-                each other or the model.
+            TypeError: if an argument is no tensor, or a keyword is unknown.
+            ValueError: if both or neither of `pixel_values` and `image_embeddings` are given, or if shapes, devices or
+                values do not fit each other or the model.
         """
+        check_keywords(SamSplitModel.forward, kwargs)
+        if multimask_output not in (True, False):
+            raise TypeError(f"multimask_output must be True or False, got {multimask_output!r}")
         if (pixel_values is None) == (image_embeddings is None):
             given = "neither" if pixel_values is None else "both"
             raise ValueError(f"give either pixel_values or image_embeddings, got {given}")
@@ -1336,17 +1024,19 @@ class SamSplitModel(SamSplitPreTrainedModel):
             output_hidden_states = _default(output_hidden_states, self.config, "output_hidden_states")
             vision = self.vision_encoder(pixel_values, output_attentions, output_hidden_states)
         else:
-            self._check_image_embeddings(image_embeddings)
+            channels, grid = self.config.vision_config.output_channels, self.prompt_encoder.grid
+            InputCheck()("image_embeddings", image_embeddings, ("B", channels, *grid), floating=True)
+            check_device("image_embeddings", image_embeddings, self.mask_decoder.mask_tokens.weight)
             vision = SamSplitVisionEncoderOutput(last_hidden_state=image_embeddings)
+        name = "image_embeddings" if pixel_values is None else "pixel_values"
         image_embeddings = vision.last_hidden_state
-
-        batch, device = image_embeddings.shape[0], image_embeddings.device
-        sparse, dense = self._embed_prompts(input_points, input_labels, input_boxes, input_masks, batch, device)
+        check = InputCheck(image_embeddings, name)
+        sparse, dense = self._embed_prompts(input_points, input_labels, input_boxes, input_masks, check)
         if labels is not None:
-            self._check_labels(labels, batch, 1 if sparse is None else sparse.shape[1])
+            self._check_labels(labels, check)
         masks, ious, added = self.mask_decoder(
             image_embeddings,
-            self._image_positions(device),
+            self._image_positions(image_embeddings.device),
             sparse,
             dense,
             multimask_output,
@@ -1371,74 +1061,36 @@ class SamSplitModel(SamSplitPreTrainedModel):
         positions = torch.stack([x.expand(rows, -1), y[:, None].expand(-1, columns)], dim=-1)  # (H, W, 2)
         return self.shared_image_embedding(positions).permute(2, 0, 1)[None]  # (1, C, H, W)
 
-    def _embed_prompts(self, points, labels, boxes, masks, batch, device):
-        """The prompt encoder on checked prompts; `batch` is the number of images."""
+    def _embed_prompts(self, points, labels, boxes, masks, check):
+        """The prompt encoder on checked prompts; `check` knows the images, if there are any."""
         if points is None and labels is not None:
             raise ValueError("input_labels were given without input_points; give both or neither")
-        prompts = None
         if points is not None:
-            if points.ndim != 4 or points.shape[-1] != 2:
-                raise ValueError(f"input_points must be (B, P, N, 2), got {tuple(points.shape)}")
+            check("input_points", points, ("B", "P", "N", 2))
             if labels is None:
                 labels = torch.ones(points.shape[:-1], dtype=torch.long, device=points.device)
-            if labels.shape != points.shape[:-1]:
-                raise ValueError(
-                    f"input_labels must be (B, P, N) = {tuple(points.shape[:-1])} like input_points, got "
-                    f"{tuple(labels.shape)}"
-                )
-            prompts = points.shape[1]
+            check("input_labels", labels, ("B", "P", "N"))
+            labels = labels.long() if labels.dtype == torch.bool else labels  # which could not hold the -1 of padding
+            check_values("input_labels", labels, POINT_LABELS)
         if boxes is not None:
-            if boxes.ndim != 3 or boxes.shape[-1] != 4:
-                hint = "; add the prompt axis with input_boxes[:, None]" if boxes.ndim == 2 else ""
-                raise ValueError(f"input_boxes must be (B, P, 4), got {tuple(boxes.shape)}{hint}")
-            if prompts not in (None, boxes.shape[1]):
-                raise ValueError(
-                    f"input_points and input_boxes must have as many prompts, got {prompts} and {boxes.shape[1]}"
-                )
-            prompts = boxes.shape[1]
-        if prompts == 0:
-            raise ValueError("input_points and input_boxes hold no prompt (P = 0); leave them out for no prompt")
+            hint = "add the prompt axis with input_boxes[:, None]" if getattr(boxes, "ndim", 0) == 2 else ""
+            check("input_boxes", boxes, ("B", "P", 4), hint=hint)
         if masks is not None:
-            masks = self._checked_masks(masks, prompts)
-        for name, prompt in (("input_points", points), ("input_boxes", boxes), ("input_masks", masks)):
-            if prompt is not None and prompt.shape[0] != batch:
-                raise ValueError(f"{name} are for {prompt.shape[0]} images, and there are {batch}")
+            size = 1, *(4 * side for side in self.prompt_encoder.grid)
+            shape = check("input_masks", masks, ("B", *size), ("B", "P", *size), ("B", *size[1:]), floating=True)
+            masks = masks[:, None] if len(shape) == 3 else masks
+        if 0 in check.sizes.get("P", ()):
+            raise ValueError(f"{check.sizes['P'][1]} holds no prompt (P = 0); leave it out for no prompt")
+        batch, _ = check.sizes.get("B", (1, None))
+        device, _ = check.device or (self.prompt_encoder.no_mask_embed.weight.device, None)
         return self.prompt_encoder(points, labels, boxes, masks, batch, device, self.shared_image_embedding)
 
-    def _checked_masks(self, masks, prompts):
-        if masks.ndim == 3:
-            masks = masks[:, None]
-        height, width = (4 * side for side in self.prompt_encoder.grid)
-        if masks.ndim not in (4, 5) or tuple(masks.shape[-3:]) != (1, height, width):
-            raise ValueError(
-                f"input_masks must be (B, 1, {height}, {width}) or (B, P, 1, {height}, {width}), got "
-                f"{tuple(masks.shape)}"
-            )
-        if masks.ndim == 5 and prompts not in (None, masks.shape[1]):
-            raise ValueError(
-                f"input_masks must have as many prompts as points and boxes, got {masks.shape[1]} and {prompts}"
-            )
-        return masks
-
-    def _check_labels(self, labels, batch, prompts):
+    def _check_labels(self, labels, check):
         """`labels` against the number of images and prompts, the two sizes they may have and their three values."""
-        vision = self.config.vision_config
-        rows, columns = self.prompt_encoder.grid
-        sizes = [(vision.patch_size * rows, vision.patch_size * columns), (4 * rows, 4 * columns)]
-        if labels.ndim != 4 or tuple(labels.shape[:2]) != (batch, prompts) or tuple(labels.shape[2:]) not in sizes:
-            allowed = " or ".join(str((batch, prompts, *size)) for size in sizes)
-            raise ValueError(f"labels must be (B, P, height, width) = {allowed}, got {tuple(labels.shape)}")
-        known = (labels == 0) | (labels == 1) | (labels == VOID_LABEL)
-        if not torch.compiler.is_compiling() and not known.all():
-            hint = "; divide a mask read from a PNG by 255" if (labels == 255).any() else ""
-            raise ValueError(f"labels must be 0, 1 or {VOID_LABEL} (void), got {labels[~known][0].item()}{hint}")
-
-    def _check_image_embeddings(self, image_embeddings):
-        expected = (self.config.vision_config.output_channels, *self.prompt_encoder.grid)
-        if image_embeddings.ndim != 4 or tuple(image_embeddings.shape[1:]) != expected:
-            raise ValueError(
-                f"image_embeddings must be (B, {', '.join(map(str, expected))}), got {tuple(image_embeddings.shape)}"
-            )
+        patch, (rows, columns) = self.config.vision_config.patch_size, self.prompt_encoder.grid
+        check.sizes.setdefault("P", (1, "a call without prompts"))
+        check("labels", labels, ("B", "P", patch * rows, patch * columns), ("B", "P", 4 * rows, 4 * columns))
+        check_values("labels", labels, {1: "inside", 0: "outside", VOID_LABEL: "void"})
 
 
 def _default(value, config, name):

@@ -1,4 +1,4 @@
-"""transformers' own common model tests, unedited, on our model and on stock's. `nox -s transformers_own` runs it.
+"""transformers' own common model tests, unedited, on our two models and on stock's. `nox -s transformers_own` runs it.
 
     python tests/transformers_own.py SDIST
 
@@ -15,35 +15,46 @@ from collections import Counter
 import transformers
 from models import BATCH, IMAGE_SIZE, PROMPTS, TINY, boxes, draw, pixels, points, split_config, tiny_config
 
-from sam_split import SamSplitModel
+from sam_split import SamSplitModel, SamSplitVisionModel
 
 REFUSED = "loads a checkpoint without weights, which we refuse on purpose"
-SDPA = "asks sdpa for attention weights: stock returns none, we raise; test_eager_outputs_equivalence asks eager"
+
+DECORATOR = "is about a decorator of transformers >= 5, and one file serves 4.57 as well"
 
 # Tests that stock passes and this model cannot, and why.
 NOT_APPLICABLE = {
-    "test_can_init_all_missing_weights": REFUSED,
-    "test_model_weights_reload_no_missing_tied_weights": REFUSED,
-    "test_init_weights_can_init_buffers": "takes buffers for constants; our positional matrix is one that is drawn",
-    "test_model_outputs_equivalence": SDPA,
-    "test_eager_matches_sdpa_inference_24_fp32_pad_left_output_attentions": SDPA,
-    "test_capture_outputs_decorator": "is about a decorator of transformers >= 5, and one file serves 4.57 as well",
+    "ours": {
+        "test_can_init_all_missing_weights": REFUSED,
+        "test_model_weights_reload_no_missing_tied_weights": REFUSED,
+        "test_init_weights_can_init_buffers": "takes buffers for constants; our positional matrix is drawn",
+        "test_capture_outputs_decorator": DECORATOR,
+    },
+    "our image encoder": {
+        "test_can_init_all_missing_weights": REFUSED,
+        "test_model_weights_reload_no_missing_tied_weights": REFUSED,
+        "test_capture_outputs_decorator": DECORATOR,
+        "test_can_capture_specific_layers_hidden_states": DECORATOR,
+    },
 }
+
+
+PROMPTED = {**points(1, 0, -1, -10), **boxes()}
 
 
 class Tester:
     """What the common tests ask about a model: a small config, inputs and sizes."""
 
-    batch_size, is_training, seq_length = BATCH, True, PROMPTS
+    batch_size, seq_length = BATCH, PROMPTS
     hidden_size = TINY["vision_config"]["hidden_size"]
     num_hidden_layers = TINY["vision_config"]["num_hidden_layers"]
     num_attention_heads = TINY["vision_config"]["num_attention_heads"]
 
-    def __init__(self, get_config):
-        self.get_config = get_config
+    def __init__(self, get_config, **prompts):
+        self.get_config, self.prompts = get_config, prompts
+        self.is_training = bool(prompts)  # the image encoder alone has no loss
 
     def prepare_config_and_inputs_for_common(self):
-        return self.get_config(), {"pixel_values": pixels(), **points(1, 0, -1, -10), **boxes()}
+        return self.get_config(), {"pixel_values": pixels(), **self.prompts}
 
 
 def make_classes(sdist: str) -> dict[str, type[unittest.TestCase]]:
@@ -70,13 +81,13 @@ def make_classes(sdist: str) -> dict[str, type[unittest.TestCase]]:
         all_model_classes = (transformers.SamModel,)
 
         def setUp(self):
-            self.model_tester = Tester(tiny_config)
+            self.model_tester = Tester(tiny_config, **PROMPTED)
 
     class Ours(Common, unittest.TestCase):
         all_model_classes = (SamSplitModel,)
 
         def setUp(self):
-            self.model_tester = Tester(lambda: split_config(tiny_config()))
+            self.model_tester = Tester(lambda: split_config(tiny_config()), **PROMPTED)
 
         def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
             inputs = super()._prepare_for_class(inputs_dict, model_class, return_labels)
@@ -84,13 +95,21 @@ def make_classes(sdist: str) -> dict[str, type[unittest.TestCase]]:
                 inputs["labels"] = (draw(BATCH, PROMPTS, IMAGE_SIZE, IMAGE_SIZE, seed=8) > 0).long()
             return inputs
 
-        def test_eager_outputs_equivalence(self):
-            config = split_config(tiny_config())
-            config._attn_implementation = "eager"
-            self.model_tester.get_config = lambda: config
-            self.test_model_outputs_equivalence()
+    class StockVision(Common, unittest.TestCase):
+        all_model_classes = (transformers.SamVisionModel,)
+        _is_composite = False
 
-    return {"stock": Stock, "ours": Ours}
+        def setUp(self):
+            self.model_tester = Tester(lambda: tiny_config().vision_config)
+
+    class OursVision(Common, unittest.TestCase):
+        all_model_classes = (SamSplitVisionModel,)
+        _is_composite = False
+
+        def setUp(self):
+            self.model_tester = Tester(lambda: split_config(tiny_config()).vision_config)
+
+    return {"stock": Stock, "ours": Ours, "stock's image encoder": StockVision, "our image encoder": OursVision}
 
 
 def run(cls: type[unittest.TestCase]) -> dict[str, tuple[str, str]]:
@@ -108,11 +127,12 @@ def run(cls: type[unittest.TestCase]) -> dict[str, tuple[str, str]]:
 def main(sdist: str) -> int:
     outcomes = {name: run(cls) for name, cls in make_classes(sdist).items()}
     wrong = []
-    for test, (outcome, why) in outcomes["ours"].items():
-        stock, _ = outcomes["stock"].get(test, ("absent", ""))
-        listed = test in NOT_APPLICABLE
-        if outcome == "passed" if listed else outcome not in ("passed", stock):
-            wrong.append(f"{test}: {outcome}, on stock {stock}, {'' if listed else 'not '}listed: {why}")
+    for ours, theirs in (("ours", "stock"), ("our image encoder", "stock's image encoder")):
+        for test, (outcome, why) in outcomes[ours].items():
+            stock, _ = outcomes[theirs].get(test, ("absent", ""))
+            listed = test in NOT_APPLICABLE[ours]
+            if outcome == "passed" if listed else outcome not in ("passed", stock):
+                wrong.append(f"{ours}: {test}: {outcome}, {theirs} {stock}, {'' if listed else 'not '}listed: {why}")
     for name, found in outcomes.items():
         print(
             f"transformers {transformers.__version__}, {name}:",

@@ -7,14 +7,14 @@ from safetensors.torch import save_file
 
 from conversion.key_map import DROPPED
 from conversion.tensors import same_bits
+from sam_split import CODE_FILES
 
 FILES = {
     "LICENSE",
     "README.md",
     "config.json",
-    "configuration_sam_split.py",
+    *CODE_FILES,
     "model.safetensors",
-    "modeling_sam_split.py",
     "preprocessor_config.json",
 }
 

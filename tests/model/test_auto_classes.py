@@ -25,14 +25,13 @@ from transformers import (
 )
 
 from conversion import convert
-from sam_split import SamSplitConfig, SamSplitModel
+from sam_split import CODE_FILES, SamSplitConfig, SamSplitModel
 
 AUTO_MAP = {
     "AutoConfig": "configuration_sam_split.SamSplitConfig",
     "AutoModel": "modeling_sam_split.SamSplitModel",
     "AutoModelForMaskGeneration": "modeling_sam_split.SamSplitModel",
 }
-CODE_FILES = ("configuration_sam_split.py", "modeling_sam_split.py")
 GRID_OF_POINTS = {
     "points_per_crop": 4,
     "points_per_batch": 8,

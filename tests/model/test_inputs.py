@@ -1,10 +1,11 @@
-"""Every wrong input raises one ValueError that says what was given and what is expected."""
+"""Every wrong input of the model raises one error that says what was given and what is expected."""
 
 import re
 
 import pytest
 import torch
 from models import CHANNELS, GRID, IMAGE_SIZE, boxes, draw, masks, pixels, points, split_model, stock_model
+from PIL import Image
 
 from sam_split import SamSplitConfig, SamSplitMaskDecoderConfig, SamSplitPromptEncoderConfig, SamSplitVisionConfig
 
@@ -21,6 +22,7 @@ def embeddings(*shape: int) -> torch.Tensor:
 POINTS, LABELS = points(1)["input_points"], points(1)["input_labels"]
 BOXES, MASKS = boxes()["input_boxes"], masks()["input_masks"]
 PIXELS = {"pixel_values": pixels()}
+LOSS_LABELS = torch.ones(2, 1, 24, 24, dtype=torch.long)
 
 # What is given, and what the message must say: the argument, what is expected and what came.
 WRONG = {
@@ -52,15 +54,18 @@ WRONG = {
         {**PIXELS, "input_points": POINTS.repeat(1, 1, 1, 2)[..., :3]},
         "input_points must be (B, P, N, 2), got (2, 3, 4, 3)",
     ),
-    "no_prompt_in_boxes": ({**PIXELS, "input_boxes": BOXES[:, :0]}, "hold no prompt (P = 0); leave them out"),
+    "no_prompt_in_boxes": (
+        {**PIXELS, "input_boxes": BOXES[:, :0]},
+        "input_boxes holds no prompt (P = 0); leave it out",
+    ),
     "labels_without_points": ({**PIXELS, "input_labels": LABELS}, "input_labels were given without input_points"),
     "labels_of_other_points": (
         {**PIXELS, "input_points": POINTS, "input_labels": LABELS[:, :, :3]},
-        "input_labels must be (B, P, N) = (2, 3, 4) like input_points, got (2, 3, 3)",
+        "input_labels must be (B, P, N), got (2, 3, 3); B is 2 in pixel_values; P is 3 in input_points; N is 4",
     ),
     "labels_with_an_axis_too_many": (
         {**PIXELS, "input_points": POINTS, "input_labels": LABELS[..., None]},
-        "input_labels must be (B, P, N) = (2, 3, 4) like input_points, got (2, 3, 4, 1)",
+        "input_labels must be (B, P, N), got (2, 3, 4, 1)",
     ),
     "boxes_without_prompts": (
         {**PIXELS, "input_boxes": BOXES[:, 0]},
@@ -72,29 +77,76 @@ WRONG = {
     ),
     "boxes_of_other_prompts": (
         {**PIXELS, "input_points": POINTS, "input_boxes": BOXES[:, :2]},
-        "input_points and input_boxes must have as many prompts, got 3 and 2",
+        "input_boxes must be (B, P, 4), got (2, 2, 4); B is 2 in pixel_values; P is 3 in input_points",
     ),
     "masks_too_large": (
         {**PIXELS, "input_masks": draw(2, 1, 96, 96, seed=1)},
-        "input_masks must be (B, 1, 24, 24) or (B, P, 1, 24, 24), got (2, 1, 96, 96)",
+        "input_masks must be (B, 1, 24, 24) or (B, P, 1, 24, 24) or (B, 24, 24), got (2, 1, 96, 96)",
     ),
     "masks_with_channels": (
         {**PIXELS, "input_masks": MASKS.repeat(1, 3, 1, 1)},
-        "input_masks must be (B, 1, 24, 24) or (B, P, 1, 24, 24), got (2, 3, 24, 24)",
+        "input_masks must be (B, 1, 24, 24) or (B, P, 1, 24, 24) or (B, 24, 24), got (2, 3, 24, 24)",
     ),
     "masks_of_other_prompts": (
         {**PIXELS, "input_points": POINTS, **masks(2)},
-        "input_masks must have as many prompts as points and boxes, got 2 and 3",
+        "got (2, 2, 1, 24, 24); B is 2 in pixel_values; P is 3 in input_points",
     ),
     "points_of_other_images": (
         {**PIXELS, "input_points": POINTS[:1]},
-        "input_points are for 1 images, and there are 2",
+        "input_points must be (B, P, N, 2), got (1, 3, 4, 2); B is 2 in pixel_values",
     ),
-    "boxes_of_other_images": ({**PIXELS, "input_boxes": BOXES[:1]}, "input_boxes are for 1 images, and there are 2"),
-    "masks_of_other_images": ({**PIXELS, "input_masks": MASKS[:1]}, "input_masks are for 1 images, and there are 2"),
+    "boxes_of_other_images": (
+        {**PIXELS, "input_boxes": BOXES[:1]},
+        "input_boxes must be (B, P, 4), got (1, 3, 4); B is 2 in pixel_values",
+    ),
+    "masks_of_other_images": ({**PIXELS, "input_masks": MASKS[:1]}, "got (1, 1, 24, 24); B is 2 in pixel_values"),
     "points_of_other_embeddings": (
         {"image_embeddings": embeddings()[:1], "input_points": POINTS},
-        "input_points are for 2 images, and there are 1",
+        "input_points must be (B, P, N, 2), got (2, 3, 4, 2); B is 1 in image_embeddings",
+    ),
+    "pixels_as_bytes": (
+        {"pixel_values": torch.zeros(2, 3, 96, 96, dtype=torch.uint8)},
+        "pixel_values must be floating-point, got torch.uint8; SamProcessor makes them",
+    ),
+    "pixels_as_integers": ({"pixel_values": pixels().long()}, "pixel_values must be floating-point, got torch.int64"),
+    "pixels_as_bools": ({"pixel_values": pixels() > 0}, "pixel_values must be floating-point, got torch.bool"),
+    "pixels_elsewhere": ({"pixel_values": pixels().to("meta")}, "pixel_values is on meta and the model on cpu"),
+    "embeddings_as_integers": (
+        {"image_embeddings": embeddings().long()},
+        "image_embeddings must be floating-point, got torch.int64",
+    ),
+    "embeddings_elsewhere": (
+        {"image_embeddings": embeddings().to("meta")},
+        "image_embeddings is on meta and the model on cpu",
+    ),
+    "points_elsewhere": (
+        {**PIXELS, "input_points": POINTS.to("meta")},
+        "input_points must be where pixel_values is, on cpu, got meta; move all inputs to model.device",
+    ),
+    "boxes_elsewhere": ({**PIXELS, "input_boxes": BOXES.to("meta")}, "input_boxes must be where pixel_values is"),
+    "masks_elsewhere": ({**PIXELS, "input_masks": MASKS.to("meta")}, "input_masks must be where pixel_values is"),
+    "masks_as_bools": ({**PIXELS, "input_masks": MASKS > 0}, "input_masks must be floating-point, got torch.bool"),
+    "masks_as_bytes": ({**PIXELS, "input_masks": MASKS.byte()}, "input_masks must be floating-point, got torch.uint8"),
+    "label_7": (
+        {**PIXELS, "input_points": POINTS, "input_labels": LABELS * 7},
+        "input_labels must be one of 1 (foreground), 0 (background), -1 (not a point), -10 (padding), got 7",
+    ),
+    "label_half": ({**PIXELS, "input_points": POINTS, "input_labels": LABELS * 0.5}, "got 0.5"),
+    "label_nan": ({**PIXELS, "input_points": POINTS, "input_labels": LABELS * float("nan")}, "got nan"),
+    "label_minus_2": ({**PIXELS, "input_points": POINTS, "input_labels": LABELS * -2}, "got -2"),
+    "loss_labels_255": ({**PIXELS, "labels": 255 * LOSS_LABELS}, "got 255; divide a mask read from a PNG by 255"),
+    "loss_labels_nan": ({**PIXELS, "labels": float("nan") * LOSS_LABELS}, "labels must be one of 1 (inside), 0"),
+    "loss_labels_without_prompts": (
+        {**PIXELS, "labels": LOSS_LABELS[:, 0]},
+        "labels must be (B, P, 96, 96) or (B, P, 24, 24), got (2, 24, 24)",
+    ),
+    "loss_labels_of_other_prompts": (
+        {**PIXELS, "input_boxes": BOXES, "labels": LOSS_LABELS},
+        "got (2, 1, 24, 24); B is 2 in pixel_values; P is 3 in input_boxes",
+    ),
+    "loss_labels_of_more_than_no_prompt": (
+        {**PIXELS, "labels": LOSS_LABELS.expand(2, 2, 24, 24)},
+        "got (2, 2, 24, 24); B is 2 in pixel_values; P is 1 in a call without prompts",
     ),
 }
 
@@ -106,6 +158,85 @@ def test_forward(ours, case):
         ours(**inputs)
     assert type(error.value) is ValueError
     assert len(error.value.args) == 1, "one message, not a tuple of pieces"
+
+
+# What is no tensor, or no argument at all: the message must name it, and what would be right.
+MISTAKEN = {
+    "pixels_as_array": ({"pixel_values": pixels().numpy()}, "pixel_values must be a torch.Tensor", "got ndarray"),
+    "pixels_as_image": (
+        {"pixel_values": Image.new("RGB", (96, 96))},
+        "pixel_values must be a torch.Tensor",
+        "got Image",
+    ),
+    "embeddings_as_list": (
+        {"image_embeddings": [1.0]},
+        "image_embeddings must be a torch.Tensor (B, 32, 6, 6)",
+        "list",
+    ),
+    "points_as_list": (
+        {**PIXELS, "input_points": [[[[1, 2]]]]},
+        "input_points must be a torch.Tensor (B, P, N, 2)",
+        "list",
+    ),
+    "points_as_array": ({**PIXELS, "input_points": POINTS.numpy()}, "input_points must be a torch.Tensor", "ndarray"),
+    "labels_as_list": (
+        {**PIXELS, "input_points": POINTS, "input_labels": [[[1]]]},
+        "input_labels must be a torch.Tensor",
+        "list",
+    ),
+    "boxes_as_list": (
+        {**PIXELS, "input_boxes": [[[1, 2, 3, 4]]]},
+        "input_boxes must be a torch.Tensor (B, P, 4)",
+        "list",
+    ),
+    "masks_as_array": ({**PIXELS, "input_masks": MASKS.numpy()}, "input_masks must be a torch.Tensor", "ndarray"),
+    "loss_labels_as_list": ({**PIXELS, "labels": [[0]]}, "labels must be a torch.Tensor", "list"),
+    "similarity_as_number": (
+        {**PIXELS, "attention_similarity": 1.0},
+        "attention_similarity must be a torch.Tensor",
+        "float",
+    ),
+    "target_as_list": ({**PIXELS, "target_embedding": [1.0]}, "target_embedding must be a torch.Tensor", "list"),
+    "input_box": ({**PIXELS, "input_box": BOXES}, "'input_box' is no argument", "did you mean 'input_boxes'?"),
+    "boxes": ({**PIXELS, "boxes": BOXES}, "'boxes' is no argument", "did you mean 'input_boxes'?"),
+    "point_coords": ({**PIXELS, "input_point": POINTS}, "'input_point' is no argument", "'input_points'?"),
+    "label": ({**PIXELS, "label": LOSS_LABELS}, "'label' is no argument", "did you mean 'labels'?"),
+    "mask_input": ({**PIXELS, "input_mask": MASKS}, "'input_mask' is no argument", "did you mean 'input_masks'?"),
+    "multimask": ({**PIXELS, "multimask": False}, "'multimask' is no argument", "did you mean 'multimask_output'?"),
+    "images": ({"pixels": pixels(), **PIXELS}, "'pixels' is no argument", "did you mean 'pixel_values'?"),
+    "embedding": ({**PIXELS, "image_embedding": 1}, "'image_embedding' is no argument", "'image_embeddings'?"),
+    "stranger": (
+        {**PIXELS, "xyz": 1},
+        "'xyz' is no argument of SamSplitModel.forward",
+        "it takes pixel_values, input_points",
+    ),
+    "multimask_as_word": ({**PIXELS, "multimask_output": "no"}, "multimask_output must be True or False", "got 'no'"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKEN)
+def test_mistaken_arguments(ours, case):
+    inputs, *messages = MISTAKEN[case]
+    with pytest.raises(TypeError) as error:
+        ours(**inputs)
+    assert all(message in str(error.value) for message in messages), error.value
+
+
+def test_what_a_processor_passes_beside_is_accepted(ours):
+    sizes = torch.tensor([[90, 96]])
+    ours(**PIXELS, original_sizes=sizes, reshaped_input_sizes=sizes, input_ids=None)
+
+
+def test_bool_labels_mean_foreground_and_background(ours):
+    """A lone point gets a partner labelled -1, which a bool could not hold."""
+    labels = torch.tensor([1, 0, 1, 1]).expand(2, 3, 4)
+    with torch.no_grad():
+        outputs = [
+            ours(**PIXELS, input_points=POINTS, input_labels=kind).pred_masks for kind in (labels, labels.bool())
+        ]
+        others = ours(**PIXELS, input_points=POINTS).pred_masks
+    assert torch.equal(*outputs)
+    assert not torch.equal(outputs[0], others)
 
 
 PERSAM = {**PIXELS, "input_points": POINTS, "input_labels": LABELS}  # 3 prompts of 5 + 4 + 1 tokens

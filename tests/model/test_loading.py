@@ -181,10 +181,20 @@ def test_unknown_attn_implementation(load, folder):
         load(folder, attn_implementation="flash_attention_2")
 
 
-def test_sdpa_has_no_attention_weights(load, folder):
-    """Asked for what it cannot give, it raises; stock returns nothing in silence."""
-    with pytest.raises(ValueError, match="eager"):
-        load(folder)(pixels(), output_attentions=True)
+def test_sdpa_computes_attention_weights_when_asked(load, folder):
+    """The weights and the outputs of the eager formula; stock returns nothing in silence."""
+    with torch.no_grad():
+        ours, eager = (load(folder, attn_implementation=name).eval() for name in ("sdpa", "eager"))
+        asked, plain, expected = (
+            model(pixels(), output_attentions=ask) for model, ask in ((ours, True), (ours, False), (eager, True))
+        )
+    assert plain.vision_attentions is None
+    assert [weights.shape for weights in asked.vision_attentions] == [(2 * 4 * 2, 16, 16), (2 * 2, 36, 36)]
+    for weights, reference in zip(asked.vision_attentions, expected.vision_attentions, strict=True):
+        assert torch.equal(weights, reference)
+        torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+    assert torch.equal(asked.pred_masks, expected.pred_masks)
+    torch.testing.assert_close(asked.pred_masks, plain.pred_masks, rtol=0, atol=1e-5 * plain.pred_masks.abs().max())
 
 
 def test_loading_info(load, folder):

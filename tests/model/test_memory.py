@@ -21,12 +21,12 @@ from torch.utils._pytree import tree_leaves
 from transformers import SamModel
 
 from sam_split import SamSplitModel
-from sam_split import modeling_sam_split as modeling
+from sam_split import attention_sam_split as attention
 
 SIDE = 64
 TOKENS = SIDE * SIDE
-# Elements: what a band of scores may take, with room for the sum of its two parts.
-LIMIT = 2 * modeling.BAND_SCORES
+# Elements: what a tile of scores may take, with room for the sum of its two parts.
+LIMIT = 2 * attention.TILE_SCORES_CPU
 
 
 def wide_config(side: int = SIDE):
@@ -192,30 +192,30 @@ def attention_inputs(grid: tuple[int, int], trainable_tables: bool) -> tuple[tor
 
 def by_formula(q, k, v, rel_pos_h, rel_pos_w):
     """`eager_attention`, with the tables laid out by offset as all backends want them."""
-    return modeling.eager_attention(q, k, v, *scores(q, rel_pos_h, rel_pos_w), 0.5)[0]
+    return attention.eager_attention(q, k, v, *scores(q, rel_pos_h, rel_pos_w), 0.5)[0]
 
 
 def folded(q, k, v, rel_pos_h, rel_pos_w):
-    return modeling.folded_attention(q, k, v, *scores(q, rel_pos_h, rel_pos_w), 0.5)
+    return attention.folded_attention(q, k, v, *scores(q, rel_pos_h, rel_pos_w), 0.5)
 
 
-def banded(q, k, v, rel_pos_h, rel_pos_w):
+def tiled(q, k, v, rel_pos_h, rel_pos_w):
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    tables = modeling.by_offset(rel_pos_h), modeling.by_offset(rel_pos_w)
-    return modeling.BandedAttention.apply(q, k, v, *tables, None, 0.5).transpose(1, 2)
+    tables = attention.by_offset(rel_pos_h), attention.by_offset(rel_pos_w)
+    return attention.TiledAttention.apply(q, k, v, *tables, None, 0.5).transpose(1, 2)
 
 
 def scores(q, rel_pos_h, rel_pos_w):
-    return modeling.relative_position_scores(q, modeling.by_offset(rel_pos_h), modeling.by_offset(rel_pos_w))
+    return attention.relative_position_scores(q, attention.by_offset(rel_pos_h), attention.by_offset(rel_pos_w))
 
 
 @pytest.mark.parametrize("trainable_tables", [True, False])
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
-# Bands of one row of one head; of some rows, the last band shorter; of all rows of some heads; and of all.
-@pytest.mark.parametrize("band", [1, 70, 500, 2**20])
-def test_banded_gradients(monkeypatch, grid, trainable_tables, band):
-    monkeypatch.setattr(modeling, "BAND_SCORES", band)
-    check_attention(banded, by_formula, attention_inputs(grid, trainable_tables))
+# Tiles of one row of one head; of some rows, the last tile shorter; of all rows of some heads; and of all.
+@pytest.mark.parametrize("tile", [1, 70, 500, 2**20])
+def test_tiled_gradients(monkeypatch, grid, trainable_tables, tile):
+    monkeypatch.setattr(attention, "TILE_SCORES_CPU", tile)
+    check_attention(tiled, by_formula, attention_inputs(grid, trainable_tables))
 
 
 @pytest.mark.parametrize("trainable_tables", [True, False])
@@ -224,13 +224,13 @@ def test_folded_gradients(grid, trainable_tables):
     check_attention(folded, by_formula, attention_inputs(grid, trainable_tables))
 
 
-@pytest.mark.parametrize("band", [1, 20, 2**20])
+@pytest.mark.parametrize("tile", [1, 20, 2**20])
 @pytest.mark.parametrize("trainable_tables", [True, False])
-def test_banded_gradients_in_windows(monkeypatch, trainable_tables, band):
+def test_tiled_gradients_in_windows(monkeypatch, trainable_tables, tile):
     """Windows of 3 x 3 on a grid of 5 x 4: two of four are padded, and one token is in all the padding."""
-    monkeypatch.setattr(modeling, "BAND_SCORES", band)
+    monkeypatch.setattr(attention, "TILE_SCORES_CPU", tile)
     grid, size = (5, 4), 3
-    to_windows, from_windows = modeling.window_indices(grid, size, torch.device("cpu"))
+    to_windows, from_windows = attention.window_indices(grid, size, torch.device("cpu"))
     qkv = (draw(2, 5 * 4 + 1, 3, 4, seed=seed).double().requires_grad_() for seed in (1, 2, 3))
     tables = (draw(2 * size - 1, 4, seed=seed).double().requires_grad_(trainable_tables) for seed in (4, 5))
 
@@ -240,8 +240,8 @@ def test_banded_gradients_in_windows(monkeypatch, trainable_tables, band):
         return context.unflatten(0, (2, -1)).flatten(1, 2)[:, from_windows]
 
     def ours(q, k, v, *tables):
-        by_row, by_column = (modeling.by_offset(table) for table in tables)
-        return modeling.BandedAttention.apply(q, k, v, by_row, by_column, to_windows, 0.5)[:, : 5 * 4]
+        by_row, by_column = (attention.by_offset(table) for table in tables)
+        return attention.TiledAttention.apply(q, k, v, by_row, by_column, to_windows, 0.5)[:, : 5 * 4]
 
     check_attention(ours, in_windows, (*qkv, *tables))
 

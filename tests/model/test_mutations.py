@@ -17,6 +17,7 @@ from parity import (
 from torch import nn
 
 from conversion import split_state_dict
+from sam_split import attention_sam_split as attention
 from sam_split import modeling_sam_split as modeling
 
 INPUTS = {**PROMPT_KINDS["points_and_boxes"], **PROMPT_KINDS["masks"]}
@@ -43,24 +44,24 @@ def swap(left: torch.Tensor, right: torch.Tensor):
 
 
 def q_and_k_swapped(ours, patch):
-    for attention in attentions(ours):
-        swap(attention.q.weight, attention.k.weight)
+    for layer in attentions(ours):
+        swap(layer.q.weight, layer.k.weight)
 
 
 def k_and_v_swapped(ours, patch):
-    for attention in attentions(ours):
-        swap(attention.k.weight, attention.v.weight)
+    for layer in attentions(ours):
+        swap(layer.k.weight, layer.v.weight)
 
 
 def q_and_v_biases_swapped(ours, patch):
-    for attention in attentions(ours):
-        swap(attention.q.bias, attention.v.bias)
+    for layer in attentions(ours):
+        swap(layer.q.bias, layer.v.bias)
 
 
 def rel_pos_ignored(ours, patch):
-    for attention in attentions(ours):
-        attention.rel_pos_h.data.zero_()
-        attention.rel_pos_w.data.zero_()
+    for layer in attentions(ours):
+        layer.rel_pos_h.data.zero_()
+        layer.rel_pos_w.data.zero_()
 
 
 def rel_pos_ignored_in_windows(ours, patch):
@@ -68,23 +69,23 @@ def rel_pos_ignored_in_windows(ours, patch):
 
 
 def rel_pos_h_and_w_swapped(ours, patch):
-    for attention in attentions(ours):
-        swap(attention.rel_pos_h, attention.rel_pos_w)
+    for layer in attentions(ours):
+        swap(layer.rel_pos_h, layer.rel_pos_w)
 
 
 def rel_pos_mirrored(ours, patch):
-    for attention in attentions(ours):
-        attention.rel_pos_h.data = attention.rel_pos_h.data.flip(0)
+    for layer in attentions(ours):
+        layer.rel_pos_h.data = layer.rel_pos_h.data.flip(0)
 
 
 def rel_pos_from_the_scaled_query(ours, patch):
-    original, scale = modeling.relative_position_scores, attentions(ours)[0].scale
-    patch.setattr(modeling, "relative_position_scores", lambda query, *tables: original(query * scale, *tables))
+    original, scale = attention.relative_position_scores, attentions(ours)[0].scale
+    patch.setattr(attention, "relative_position_scores", lambda query, *tables: original(query * scale, *tables))
 
 
 def scores_not_scaled(ours, patch):
-    for attention in attentions(ours):
-        attention.scale = 1.0
+    for layer in attentions(ours):
+        layer.scale = 1.0
 
 
 def padding_at_the_top_and_left(ours, patch):
@@ -95,35 +96,35 @@ def padding_at_the_top_and_left(ours, patch):
         windows = padded.unfold(0, size, size).unfold(1, size, size).flatten(2).flatten(0, 1)
         return windows, torch.stack([(windows.flatten() == token).nonzero()[0, 0] for token in tokens.flatten()])
 
-    patch.setattr(modeling, "window_indices", window_indices)
+    patch.setattr(attention, "window_indices", window_indices)
 
 
 def padding_repeats_the_last_token(ours, patch):
-    original = modeling.window_indices
+    original = attention.window_indices
 
     def window_indices(grid, size, device):
         to_windows, from_windows = original(grid, size, device)
         return to_windows.clamp(max=grid[0] * grid[1] - 1), from_windows
 
-    patch.setattr(modeling, "window_indices", window_indices)
+    patch.setattr(attention, "window_indices", window_indices)
 
 
 def padding_without_biases(ours, patch):
-    attention = attentions(ours)[0]
+    layer = attentions(ours)[0]
     last_is_zero = torch.ones(37, 1)
     last_is_zero[-1] = 0
-    for linear in (attention.q, attention.k, attention.v):
+    for linear in (layer.q, layer.k, layer.v):
         linear.register_forward_hook(lambda module, args, output: output * last_is_zero)
 
 
 def windows_by_columns(ours, patch):
-    original = modeling.window_indices
+    original = attention.window_indices
 
     def window_indices(grid, size, device):
         to_windows, from_windows = original(grid, size, device)
         return to_windows.unflatten(1, (size, size)).transpose(1, 2).flatten(1), from_windows
 
-    patch.setattr(modeling, "window_indices", window_indices)
+    patch.setattr(attention, "window_indices", window_indices)
 
 
 def tanh_gelu_in_the_encoder(ours, patch):
@@ -325,22 +326,22 @@ def detached(tensor):
 
 
 def rel_pos_query_detached(ours, patch):
-    original = modeling.relative_position_scores
-    patch.setattr(modeling, "relative_position_scores", lambda query, *tables: original(detached(query), *tables))
+    original = attention.relative_position_scores
+    patch.setattr(attention, "relative_position_scores", lambda query, *tables: original(detached(query), *tables))
 
 
 def rel_pos_w_detached(ours, patch):
-    original = modeling.relative_position_scores
+    original = attention.relative_position_scores
     patch.setattr(
-        modeling,
+        attention,
         "relative_position_scores",
         lambda query, by_row, by_column: original(query, by_row, detached(by_column)),
     )
 
 
 def keys_detached(ours, patch):
-    for attention in attentions(ours):
-        attention.k.register_forward_hook(lambda module, args, output: output.detach())
+    for layer in attentions(ours):
+        layer.k.register_forward_hook(lambda module, args, output: output.detach())
 
 
 def image_positions_without_image_gradient(ours, patch):

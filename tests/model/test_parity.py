@@ -32,6 +32,7 @@ from transformers import SamConfig, SamModel, SamVisionModel
 
 from conversion import split_state_dict
 from sam_split import SamSplitModel, SamSplitVisionModel
+from sam_split import attention_sam_split as attention
 from sam_split import modeling_sam_split as modeling
 
 
@@ -191,10 +192,10 @@ def test_prompts_in_parts(ours, theirs, monkeypatch, prompts_at_once):
         assert_same_gradients(our_gradients, renamed(their_gradients, theirs, split_state_dict))
 
 
-@pytest.mark.parametrize("band_scores", [1, 5 * 36, 40 * 36, 2**20], ids=["one_row", "five_rows", "some_heads", "all"])
-def test_attention_in_bands(theirs, ours, monkeypatch, band_scores):
-    """The tiny grid's 36 x 36 scores fit one band; smaller bands cut rows and heads as large images do."""
-    monkeypatch.setattr(modeling, "BAND_SCORES", band_scores)
+@pytest.mark.parametrize("tile_scores", [1, 5 * 36, 40 * 36, 2**20], ids=["one_row", "five_rows", "some_heads", "all"])
+def test_attention_in_tiles(theirs, ours, monkeypatch, tile_scores):
+    """The tiny grid's 36 x 36 scores fit one tile; smaller tiles cut rows and heads as large images do."""
+    monkeypatch.setattr(attention, "TILE_SCORES_CPU", tile_scores)
     our_outputs, our_gradients = outputs_and_gradients(stock_forward, ours, pixels(), **points(1, 0))
     their_outputs, their_gradients = outputs_and_gradients(stock_forward, theirs, pixels(), **points(1, 0))
     assert_same_outputs(our_outputs, their_outputs)
@@ -202,7 +203,7 @@ def test_attention_in_bands(theirs, ours, monkeypatch, band_scores):
 
 
 @pytest.mark.parametrize("head_dim", [14, 16])
-@pytest.mark.parametrize("backend", ["folded", "banded"])
+@pytest.mark.parametrize("backend", ["folded", "tiled"])
 def test_attention_backends(backend, head_dim):
     """Both ways of `sdpa`, whichever device they are meant for, are the formula: values and all five gradients."""
     rows, columns, heads, scale = 3, 5, 4, head_dim**-0.5
@@ -211,21 +212,21 @@ def test_attention_backends(backend, head_dim):
     ask = draw(2, heads, rows * columns, head_dim, seed=9)
 
     def formula(q, k, v, *tables):
-        return modeling.eager_attention(q, k, v, *modeling.relative_position_scores(q, *tables), scale)[0]
+        return attention.eager_attention(q, k, v, *attention.relative_position_scores(q, *tables), scale)[0]
 
     def folded(q, k, v, *tables):
-        return modeling.folded_attention(q, k, v, *modeling.relative_position_scores(q, *tables), scale)
+        return attention.folded_attention(q, k, v, *attention.relative_position_scores(q, *tables), scale)
 
-    def banded(q, k, v, *tables):
+    def tiled(q, k, v, *tables):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return modeling.BandedAttention.apply(q, k, v, *tables, None, scale).transpose(1, 2)
+        return attention.TiledAttention.apply(q, k, v, *tables, None, scale).transpose(1, 2)
 
-    def run(attention):
+    def run(way):
         tensors = [leaf.clone().requires_grad_() for leaf in leaves]
-        result = attention(*tensors)
+        result = way(*tensors)
         return {"context": result.detach()}, dict(enumerate(torch.autograd.grad(result, tensors, ask)))
 
-    values, gradients = run({"folded": folded, "banded": banded}[backend])
+    values, gradients = run({"folded": folded, "tiled": tiled}[backend])
     expected_values, expected_gradients = run(formula)
     assert_same_outputs(values, expected_values)
     assert_same_outputs(gradients, expected_gradients)
@@ -344,7 +345,7 @@ def test_half_precision(theirs, dtype, attn_implementation):
         assert our_error <= 2 * their_error
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.uint8], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
 def test_pixels_of_another_dtype_are_cast(ours, dtype):
     values = (pixels() * 50 + 128).clamp(0, 255).to(dtype)
     with torch.no_grad():

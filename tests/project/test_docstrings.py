@@ -7,7 +7,8 @@ import pytest
 
 WITH_EXAMPLES = {
     "sam_split.configuration_sam_split": {"SamSplitConfig"},
-    "sam_split.modeling_sam_split": {"SamSplitModel", "segmentation_loss", "window_indices"},
+    "sam_split.attention_sam_split": {"kernel_widths", "window_indices"},
+    "sam_split.modeling_sam_split": {"SamSplitModel", "segmentation_loss"},
     "sam_split.training": {"boxes_around", "iou_and_dice"},
     "conversion.image_size": {"resample_relative"},
 }

@@ -14,6 +14,7 @@ from benchmarks import report
 from benchmarks.results import Results
 from conversion import convert
 from conversion.cli import main
+from sam_split import CODE_FILES
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -38,7 +39,7 @@ def test_python_blocks_run(tmp_path, monkeypatch):
     assert namespace["masks"][0].shape == (1, 1, height, width)
     assert (tmp_path / "my-adapter" / "adapter_model.safetensors").is_file()
     written = {path.name for path in (tmp_path / "my-model").iterdir()}
-    assert {"config.json", "configuration_sam_split.py", "modeling_sam_split.py", "model.safetensors"} <= written
+    assert {"config.json", *CODE_FILES, "model.safetensors"} <= written
 
 
 def help_of(*words):
