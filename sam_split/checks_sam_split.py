@@ -105,17 +105,57 @@ def check_keywords(function, given):
         raise TypeError(f"{unknown[0]!r} is no argument of {function.__qualname__}; {cure}")
 
 
-def samples(model):
-    """Name -> the bits of the first elements of each tensor in memory; they differ once it is drawn anew."""
+class CompleteLoading:
+    """Loading that never leaves a weight random in silence; a base class that precedes `PreTrainedModel`."""
+
+    def initialize_weights(self):
+        """Initialise the weights, and note which ones changed.
+
+        transformers calls this at the end of loading as well, for what the checkpoint lacks; 5.0.0 also initialised
+        loaded weights that it did not recognise as loaded.
+        """
+        before = _samples(self)
+        super().initialize_weights()
+        after = _samples(self)
+        self._initialised_tensors = [name for name in before if not torch.equal(before[name], after[name])]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """Load a model as `PreTrainedModel.from_pretrained` does, and refuse a checkpoint that does not fill it.
+
+        Raises:
+            ValueError: if the checkpoint is a fused one, lacks a tensor, has one too many or one of another shape (the
+                latter unless `ignore_mismatched_sizes=True`), or cannot be read; the message names tensor and cure.
+            RuntimeError: if transformers replaced weights of the checkpoint by random ones.
+        """
+        with_info = kwargs.pop("output_loading_info", False)
+        allow_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
+        except Exception as error:
+            if type(error).__name__ != "SafetensorError":
+                raise
+            raise ValueError(
+                f"the weights in {str(pretrained_model_name_or_path)!r} cannot be read ({error}); the file is damaged "
+                "or cut short: download it again, or make it again with `sam-split convert SOURCE OUT`"
+            ) from error
+        _check_loading(model, str(pretrained_model_name_or_path), info, allow_mismatch)
+        return (model, info) if with_info else model
+
+
+def _samples(model):
+    """Name -> the bits of the first elements of each tensor in memory; they differ once it is initialised again."""
     samples = {}
     for name, tensor in model.state_dict().items():
         tensor = getattr(tensor, "_local_tensor", tensor)  # a sharded tensor's part on this device
-        if type(tensor) is torch.Tensor and tensor.device.type != "meta":  # quantised ones are never drawn
+        if type(tensor) is torch.Tensor and tensor.device.type != "meta":  # quantised ones are never initialised
             samples[name] = tensor.flatten()[:8].clone().view(torch.uint8)
     return samples
 
 
-def check_loading(model, source, info, allow_mismatch):
+def _check_loading(model, source, info, allow_mismatch):
     """Raise unless a model holds the tensors of a checkpoint, all of them and no others.
 
     Args:
@@ -152,7 +192,7 @@ def check_loading(model, source, info, allow_mismatch):
             "a folder in which the two agree with `sam-split convert SOURCE OUT`"
         )
     mismatched = {entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]}
-    if redrawn := sorted(set(model._drawn_tensors) - mismatched):
+    if redrawn := sorted(set(model._initialised_tensors) - mismatched):
         raise RuntimeError(
             f"transformers {transformers.__version__} replaced {len(redrawn)} tensors of {source!r} by random ones, "
             f"the first is {redrawn[0]!r}; install another version"

@@ -7,7 +7,7 @@
 The parameters carry the names of transformers' `SamModel`, except that `attn.qkv` is cut into `attn.q`, `attn.k` and
 `attn.v`, so `LoraConfig(target_modules=["q", "v"])` adapts the image encoder and nothing else. Outputs are those of
 `SamModel`; no score matrix over all pairs of image tokens is ever held, forward or backward, unless
-`attn_implementation="eager"` asks for it.
+`attn_implementation="eager"` or a call with `output_attentions=True` asks for it.
 
 Shapes: `B` images, `P` prompts per image, `N` points per prompt, `T` tokens per prompt in the mask decoder, `M` masks
 per prompt, `H W` rows and columns of the token grid, `C` channels, `D` channels per head, `S` side of a window in
@@ -29,18 +29,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from .attention_sam_split import on_cpu, vision_attention
-from .checks_sam_split import (
-    InputCheck,
-    check_device,
-    check_keywords,
-    check_loading,
-    check_values,
-    samples,
-)
+from .checks_sam_split import CompleteLoading, InputCheck, check_device, check_keywords, check_values
 from .configuration_sam_split import SamSplitConfig, SamSplitVisionConfig
 
-# Tokens that pass an MLP of the image encoder at once, so that its wide activations stay small and in cache. They end
-# up a little smaller than the blocks that others leave, which an allocator can then use again.
+# Tokens in an MLP of the image encoder at once on a CPU, so that its wide activations stay in cache. Less than 512: a
+# freed block of the next power of two can then hold them.
 TOKENS_AT_ONCE = 500
 
 # The label of pixels that count neither as object nor as background, torch's usual ignore_index. Not 255: a mask read
@@ -126,10 +119,8 @@ class SamSplitPatchEmbeddings(nn.Module):
         hint = "SamProcessor makes them; `sam-split convert --image-size` makes a model for another size"
         InputCheck()("pixel_values", pixel_values, ("B", *self.expected_shape), floating=True, hint=hint)
         check_device("pixel_values", pixel_values, self.projection.weight)
-        hidden_states = self.projection(pixel_values.to(self.projection.weight.dtype)).permute(
-            0, 2, 3, 1
-        )  # (B, H, W, C)
-        return hidden_states.contiguous()  # every layer after it would inherit the strides
+        hidden_states = self.projection(pixel_values.to(self.projection.weight.dtype))  # (B, C, H, W)
+        return hidden_states.permute(0, 2, 3, 1).contiguous()  # or every layer after it would inherit the strides
 
 
 class SamSplitVisionAttention(nn.Module):
@@ -158,23 +149,14 @@ class SamSplitVisionAttention(nn.Module):
         """(B, H, W, C) to the same, and the weights (B * windows * heads, tokens, tokens) or None."""
         grid = hidden_states.shape[1:3]
         tokens = hidden_states.flatten(1, 2)  # (B, H * W, C)
-        if self.window_size:
-            # One zero token stands for all padding: its query, key and value are whatever the layers, with the
-            # biases and adapters they have, make of zero.
+        if self.window_size:  # one zero token stands for all padding, and passes through q, k, v and their adapters
             tokens = F.pad(tokens, (0, 0, 0, 1))  # (B, H * W + 1, C)
         # Tensor parallelism leaves only some of the heads here.
         q, k, v = (layer(tokens).unflatten(-1, (-1, self.head_dim)) for layer in (self.q, self.k, self.v))
+        implementation = self.config._attn_implementation or "sdpa"
+        dropout = self.config.attention_dropout if self.training else 0.0
         context, weights = vision_attention(
-            q,
-            k,
-            v,
-            self._tables(q),
-            grid,
-            self.window_size,
-            self.scale,
-            self.config._attn_implementation or "sdpa",
-            self.config.attention_dropout if self.training else 0.0,
-            output_attentions,
+            q, k, v, self._tables(q), grid, self.window_size, self.scale, implementation, dropout, output_attentions
         )  # (B, H * W, heads, D)
         return self.proj(context.flatten(2)).unflatten(1, grid), weights
 
@@ -736,10 +718,10 @@ def segmentation_loss(masks: torch.Tensor, ious: torch.Tensor, labels: torch.Ten
 
     >>> labels = torch.zeros(1, 1, 64, 64)
     >>> labels[..., 20:40, 10:50] = 1
-    >>> right, wrong = 20 * (2 * labels[:, :, None] - 1), torch.full((1, 1, 1, 64, 64), -20.0)
-    >>> round(segmentation_loss(right, torch.ones(1, 1, 1), labels).item(), 3)
+    >>> exact, empty = 20 * (2 * labels[:, :, None] - 1), torch.full((1, 1, 1, 64, 64), -20.0)
+    >>> round(segmentation_loss(exact, torch.ones(1, 1, 1), labels).item(), 3)
     0.0
-    >>> round(segmentation_loss(wrong, torch.zeros(1, 1, 1), labels).item(), 1)  # misses what it said it would miss
+    >>> round(segmentation_loss(empty, torch.zeros(1, 1, 1), labels).item(), 1)  # an empty mask, predicted IoU 0
     20.5
     """
     masks, ious = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (masks, ious))
@@ -770,7 +752,7 @@ def segmentation_loss(masks: torch.Tensor, ious: torch.Tensor, labels: torch.Ten
     return torch.where(real, per_prompt, 0).sum() / real.sum().clamp(min=1)
 
 
-class SamSplitPreTrainedModel(PreTrainedModel):
+class SamSplitPreTrainedModel(CompleteLoading, PreTrainedModel):
     """What both models share: initialisation, and loading that never leaves a weight random in silence."""
 
     config_class = SamSplitConfig
@@ -782,22 +764,11 @@ class SamSplitPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["SamSplitVisionLayer"]  # noqa: RUF012
     _supports_sdpa = True
 
-    # Before transformers 5, checkpointing defaults to the re-entrant kind, which drops adapters' gradients.
+    # Before transformers 5, checkpointing is re-entrant by default, which drops the gradients of adapters.
     if not hasattr(PreTrainedModel, "activation_checkpointing_enable"):
 
         def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
             super().gradient_checkpointing_enable({"use_reentrant": False, **(gradient_checkpointing_kwargs or {})})
-
-    def initialize_weights(self):
-        """Draw the weights, and note which were drawn: transformers calls this at the end of loading as well.
-
-        It means only what the checkpoint lacks, but 5.0.0 drew what was loaded anew as soon as it did not recognise it
-        as such.
-        """
-        before = samples(self)
-        super().initialize_weights()
-        after = samples(self)
-        self._drawn_tensors = [name for name in before if not torch.equal(before[name], after[name])]
 
     @classmethod
     def _can_set_attn_implementation(cls):
@@ -823,31 +794,6 @@ class SamSplitPreTrainedModel(PreTrainedModel):
             nn.init.zeros_(module.pos_embed)
         elif isinstance(module, SamSplitPositionalEmbedding):
             nn.init.normal_(module.positional_embedding)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """Load a model as `PreTrainedModel.from_pretrained` does, and refuse a checkpoint that does not fill it.
-
-        Raises:
-            ValueError: if the checkpoint is a fused one, lacks a tensor, has one too many or one of another shape (the
-                latter unless `ignore_mismatched_sizes=True`), or cannot be read; the message names tensor and cure.
-            RuntimeError: if transformers replaced weights of the checkpoint by random ones.
-        """
-        with_info = kwargs.pop("output_loading_info", False)
-        allow_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
-        try:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-            )
-        except Exception as error:
-            if type(error).__name__ != "SafetensorError":
-                raise
-            raise ValueError(
-                f"the weights in {str(pretrained_model_name_or_path)!r} cannot be read ({error}); the file is damaged "
-                "or cut short: download it again, or make it again with `sam-split convert SOURCE OUT`"
-            ) from error
-        check_loading(model, str(pretrained_model_name_or_path), info, allow_mismatch)
-        return (model, info) if with_info else model
 
 
 class SamSplitVisionModel(SamSplitPreTrainedModel):
@@ -1028,9 +974,8 @@ class SamSplitModel(SamSplitPreTrainedModel):
             InputCheck()("image_embeddings", image_embeddings, ("B", channels, *grid), floating=True)
             check_device("image_embeddings", image_embeddings, self.mask_decoder.mask_tokens.weight)
             vision = SamSplitVisionEncoderOutput(last_hidden_state=image_embeddings)
-        name = "image_embeddings" if pixel_values is None else "pixel_values"
+        check = InputCheck(vision.last_hidden_state, "image_embeddings" if pixel_values is None else "pixel_values")
         image_embeddings = vision.last_hidden_state
-        check = InputCheck(image_embeddings, name)
         sparse, dense = self._embed_prompts(input_points, input_labels, input_boxes, input_masks, check)
         if labels is not None:
             self._check_labels(labels, check)
