@@ -4,6 +4,7 @@ This file is copied into each saved model folder. It imports torch, transformers
 file, network or environment.
 """
 
+import copy
 import difflib
 import functools
 import inspect
@@ -130,6 +131,11 @@ class CompleteLoading:
         """
         with_info = kwargs.pop("output_loading_info", False)
         allow_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
+        quantization = kwargs.get("quantization_config")
+        if getattr(quantization, "llm_int8_skip_modules", ...) is None:
+            # bitsandbytes cannot pack the narrow layers of the mask decoder: they stay as they are by default.
+            kwargs["quantization_config"] = copy.copy(quantization)
+            kwargs["quantization_config"].llm_int8_skip_modules = ["mask_decoder"]
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs

@@ -94,3 +94,14 @@ VIT_B, VIT_H, WINDOW, WINDOW_H = (64 + 128, 64), (80 + 128, 80), (64 + 28, 64), 
 )
 def test_kernel_widths(given, dtype, capability, cudnn, widths):
     assert kernel_widths(*given, dtype, capability, cudnn) == widths
+
+
+@pytest.mark.parametrize("output_attentions", [False, True])
+def test_sdpa_refuses_dropout_that_it_does_not_have(output_attentions):
+    q = draw(1, 9, 1, 4, seed=1)
+    tables = draw(5, 4, seed=2), draw(5, 4, seed=3)
+    with pytest.raises(ValueError, match=r"'sdpa' has no dropout, and attention_dropout=0\.1"):
+        vision_attention(q, q, q, tables, (3, 3), 0, 0.5, "sdpa", 0.1, output_attentions)
+    dropped, weights = vision_attention(q, q, q, tables, (3, 3), 0, 0.5, "eager", 0.999, True)
+    assert not torch.allclose(dropped, vision_attention(q, q, q, tables, (3, 3), 0, 0.5)[0])
+    torch.testing.assert_close(weights.sum(-1), torch.ones(1, 9))  # the weights before dropout
