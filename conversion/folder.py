@@ -85,7 +85,7 @@ def write_code_and_card(folder: Path, checkpoint: Checkpoint, **card) -> None:
     # write_weights has compared every tensor with what it came from, and raises where a bit differs.
     oracle = "what was computed" if card else "the source"
     dtype = json.loads((folder / "config.json").read_text(encoding="utf-8"))["dtype"]
-    evidence = [Evidence(f"every tensor as read back from the disk, against {oracle}, bit for bit", 0.0, dtype, "cpu")]
+    evidence = [Evidence(f"every tensor as read back from the disk, against {oracle}", None, dtype, "cpu")]
     origin: dict[str, Any] = {"source": checkpoint.source, "revision": checkpoint.revision}
     content = model_card(folder, **origin, evidence=evidence, **card).content
     (folder / "README.md").write_text(content, encoding="utf-8")

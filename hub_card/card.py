@@ -1,26 +1,28 @@
-"""The model card: what a folder holds, how to use it, what was measured, and what code it runs.
+"""The model card of a folder: what it holds, how to use it, what was measured, and what code it runs.
 
-Every number comes from the folder itself or from an `Evidence` row; nothing is typed in by hand. The section on remote
-code stands between two HTML comments, so that `refresh_code_section` can renew it at push time and leave the rest of a
-card that somebody edited alone.
+Every number comes from the folder itself or from an `Evidence` row; nothing is typed in by hand.
 """
 
 import hashlib
-import json
-import math
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from string import Template
-from typing import Literal
 
 from huggingface_hub import ModelCard, ModelCardData
-from safetensors import SafetensorError, safe_open
 
-# Stands for the repository id until the push knows it; a valid id, so the card of an unpublished folder reads well.
-REPO_PLACEHOLDER = "your-name/your-sam-split"
+from .sections import (
+    REPO_PLACEHOLDER,
+    Change,
+    Evidence,
+    code_section,
+    hub_id,
+    read_base,
+    read_json,
+    refresh_code_section,
+    refresh_weights_section,
+    weights_section,
+)
+from .weight_files import is_adapter
 
 PAPER = "https://arxiv.org/abs/2304.02643"
 CITATION = """@article{kirillov2023segany,
@@ -33,40 +35,13 @@ CITATION = """@article{kirillov2023segany,
 }"""
 SIZES = {768: "ViT-B", 1024: "ViT-L", 1280: "ViT-H"}  # hidden size of the vision encoder -> the paper's name
 
-Change = Literal["split", "finetune", "merge"]
-
-_CODE_START, _CODE_END = "<!-- sam-split: code -->", "<!-- /sam-split: code -->"
-
-
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("torch", "transformers")}
-
-
-@dataclass(frozen=True)
-class Base:
-    """The model on the Hub that an adapter belongs to, or that weights were made from."""
-
-    repo_id: str
-    revision: str | None = None
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """One comparison that was run on these weights.
-
-    Args:
-        compared: what was held against what, as a phrase: "masks of one click, against transformers' SamModel".
-        max_difference: the largest absolute difference, in the unit of the thing compared.
-        dtype: "float32", "bfloat16", ...
-        device: "cpu", or the name of the accelerator.
-        versions: package -> version it was measured with; this process's torch and transformers by default.
-    """
-
-    compared: str
-    max_difference: float
-    dtype: str
-    device: str
-    versions: dict[str, str] = field(default_factory=_versions)
+# Weights that are known to be Meta's: their repositories on the Hub, and the md5 of the files on their server.
+META_REPOSITORIES = ("facebook/sam-vit-base", "facebook/sam-vit-large", "facebook/sam-vit-huge")
+META_FILES = (
+    "01ec64d29a2fca3f0661936605ae66f8",  # sam_vit_b_01ec64.pth
+    "0b3195507c641ddb6910d2bb5adee89c",  # sam_vit_l_0b3195.pth
+    "4b8939a88964f0f4ff5f5b2642c598a6",  # sam_vit_h_4b8939.pth
+)
 
 
 def model_card(
@@ -86,275 +61,113 @@ def model_card(
         source: what it was made from: a Hub id (becomes `base_model`), or a local file or folder (only its last path
             element is printed), or None if that is not known. An adapter's base is read from its own config instead.
         revision: commit of `source` on the Hub.
-        change: what was done to the source: "split" (qkv cut, no value changed), "finetune" or "merge".
+        change: what was done to the source: "split" (qkv cut, no value changed), "finetune", "merge" or "unknown".
         resized_from: the source's `image_size`, if position tables were resampled for another one.
-        evidence: rows of the evidence table; without any, the card says that nothing was measured.
+        evidence: rows of the evidence table; without any, the card says nothing of a measurement.
         repo_id: where it will be published; by default a placeholder that the push replaces.
 
     Raises:
         ValueError: if the folder holds neither a split model nor an adapter, or an adapter's base is not a Hub id.
     """
     folder = Path(folder)
-    if (folder / "adapter_config.json").is_file():
-        return _adapter_card(folder, evidence, repo_id)
-    config = _read_json(folder / "config.json")
-    if config.get("model_type") != "sam_split":
-        raise ValueError(f"{folder}: config.json has model_type {config.get('model_type')!r}, expected 'sam_split'")
-
-    vision = config["vision_config"]
-    shapes = tensor_shapes(folder)
-    adapted = [shape for name, shape in shapes.items() if re.search(r"\.attn\.[qv]\.weight$", name)]
-    # LoRA adds A (r, columns) and B (rows, r) to each linear.
-    adapted_parameters = sum(16 * (rows + columns) for rows, columns in adapted)
-    height, width = _pair(vision["image_size"])
-    base = hub_id(source)
-    data = {
-        "library_name": "transformers",
-        "pipeline_tag": "mask-generation",
-        "license": "apache-2.0",
-        "tags": ["segment-anything", "sam", "sam-split", "image-segmentation", "peft", "custom_code"],
-    }
-    if base:
-        # The Hub knows adapter, finetune, merge (of several models) and quantized: a conversion counts as "finetune".
-        data |= {"base_model": base, "base_model_relation": "finetune"}
-    body = _template("card_model.md").substitute(
-        title=repo_id.split("/")[-1] if repo_id != REPO_PLACEHOLDER else f"SamSplit {_size(vision)}",
-        paper=PAPER,
-        size=_size(vision),
-        change=_change_sentence(change, shapes, _origin(source, base, revision), resized_from, (height, width)),
-        repo_id=repo_id,
-        adapted_linears=len(adapted),
-        adapted_parameters=f"{adapted_parameters:,}",
-        evidence=_evidence_section(evidence),
-        code=code_section(folder, repo_id),
-        image_size=f"{height} x {width}",
-        mask_size=f"{4 * height // vision['patch_size']} x {4 * width // vision['patch_size']}",
-        citation=CITATION,
-    )
-    return _card(data, body)
-
-
-def code_section(folder: str | Path, repo_id: str = REPO_PLACEHOLDER) -> str:
-    """What `trust_remote_code=True` runs: the code files, their sha256, how to pin them. Of an adapter: its base's."""
-    folder = Path(folder)
-    if (folder / "adapter_config.json").is_file():
-        return _adapter_code_section(read_base(folder))
-    from sam_split import CODE_FILES
-
-    digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in CODE_FILES}
-    modified = modified_code(folder)
-    if modified:
-        origin = (
-            f"**Modified code.** {' and '.join(f'`{name}`' for name in modified)} "
-            f"{'differ' if len(modified) > 1 else 'differs'} from {_package()}: read before you run."
-        )
+    data, named = metadata(folder, source), repo_id.split("/")[-1] if repo_id != REPO_PLACEHOLDER else None
+    if is_adapter(folder):
+        base, config = read_base(folder), read_json(folder / "adapter_config.json")
+        method = "DoRA" if config.get("use_dora") else str(config.get("peft_type", "PEFT")).replace("LORA", "LoRA")
+        fields = {
+            "title": named or f"{method} adapter for {base.repo_id}",
+            "method": method,
+            "base": base.repo_id,
+            "at_revision": f" at revision `{base.revision}`" if base.revision else "",
+            "pinned": f', revision="{base.revision}", code_revision="{base.revision}"' if base.revision else "",
+        }
     else:
-        origin = f"They are byte for byte those of {_package()}."
-    rows = "\n".join(f"| `{name}` | `{digest}` |" for name, digest in digests.items())
-    expected = "\n".join(f'    "{name}": "{digest}",' for name, digest in digests.items())
-    return f"""{_CODE_START}
-## What `trust_remote_code=True` runs
-
-The {len(CODE_FILES)} Python files named here, of this repository, on your machine, and nothing else. {origin}
-
-| file | sha256 |
-|---|---|
-{rows}
-
-Without a revision you run whatever the repository holds tomorrow. Read the files once, then pin the commit:
-
-```python
-import hashlib
-from pathlib import Path
-
-from huggingface_hub import hf_hub_download, model_info
-from transformers import AutoModel
-
-repo = "{repo_id}"
-sha = model_info(repo).sha  # write the value you have read into your code in place of this call
-expected = {{
-{expected}
-}}
-for name, digest in expected.items():
-    data = Path(hf_hub_download(repo, name, revision=sha)).read_bytes()
-    assert hashlib.sha256(data).hexdigest() == digest, name
-model = AutoModel.from_pretrained(repo, revision=sha, code_revision=sha, trust_remote_code=True)
-```
-{_CODE_END}"""
-
-
-def _adapter_code_section(base: Base) -> str:
-    if base.revision:
-        pinned = f"at revision `{base.revision}`. Keep the revision in the call"
-    else:
-        pinned = "of no particular revision. Look one up, read the files, and put it in the call"
-    return f"""{_CODE_START}
-## What `trust_remote_code=True` runs
-
-Nothing of this repository: it holds no code. The Python files of the base, `{base.repo_id}`, run: those {pinned}.
-{_CODE_END}"""
-
-
-def refresh_code_section(text: str, folder: str | Path, repo_id: str) -> str:
-    """`text` (a whole README.md) with its section on remote code made true of `folder`; appended if it has none."""
-    section = code_section(folder, repo_id)
-    pattern = re.compile(re.escape(_CODE_START) + ".*?" + re.escape(_CODE_END), re.DOTALL)
-    if pattern.search(text):
-        return pattern.sub(lambda _: section, text)
-    return f"{text.rstrip()}\n\n{section}\n"
-
-
-def modified_code(folder: str | Path) -> list[str]:
-    """The code files of `folder` that are not byte for byte those of the installed `sam_split`."""
-    import sam_split
-
-    package = Path(sam_split.__file__).parent
-    names = sam_split.CODE_FILES
-    return [name for name in names if (Path(folder) / name).read_bytes() != (package / name).read_bytes()]
-
-
-def tensor_shapes(folder: str | Path, pattern: str = "model*.safetensors") -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor in the folder's weight files; only their headers are read.
-
-    Raises:
-        ValueError: if a file is cut short or is not safetensors.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in sorted(Path(folder).glob(pattern)):
-        try:
-            with safe_open(path, framework="numpy") as weights:
-                shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}); write it again") from None
-    return shapes
-
-
-def read_base(folder: str | Path) -> Base:
-    """What the `adapter_config.json` of `folder` names as its base.
-
-    Raises:
-        ValueError: if that is not a Hub id.
-    """
-    config = _read_json(Path(folder) / "adapter_config.json")
-    named = config.get("base_model_name_or_path")
-    base = hub_id(named)
-    if base is None:
-        raise ValueError(
-            f"{folder}: adapter_config.json names the base {named!r}, expected a Hub id; nobody else could load it"
-        )
-    return Base(base, config.get("revision"))
-
-
-def _adapter_card(folder: Path, evidence: Sequence[Evidence], repo_id: str) -> ModelCard:
-    base, config = read_base(folder), _read_json(folder / "adapter_config.json")
-    shapes = tensor_shapes(folder, "adapter_model*.safetensors")
-    method = "DoRA" if config.get("use_dora") else str(config.get("peft_type", "PEFT")).replace("LORA", "LoRA")
-    targets = config.get("target_modules") or []
-    options = {
-        "r": config.get("r"),
-        "lora_alpha": config.get("lora_alpha"),
-        "target_modules": targets if isinstance(targets, str) else sorted(targets),
-        "modules_to_save": config.get("modules_to_save"),
-    }
-    settings = ", ".join(f"`{name}={json.dumps(value)}`" for name, value in options.items() if value)
-    pin = f', revision="{base.revision}", code_revision="{base.revision}"' if base.revision else ""
-    data = {
-        "library_name": "peft",
-        "pipeline_tag": "mask-generation",
-        "license": "apache-2.0",
-        "base_model": base.repo_id,
-        "base_model_relation": "adapter",
-        "tags": ["segment-anything", "sam", "sam-split", "peft", "lora"],
-    }
-    body = _template("card_adapter.md").substitute(
-        title=repo_id.split("/")[-1] if repo_id != REPO_PLACEHOLDER else f"{method} adapter for {base.repo_id}",
-        method=method,
-        base=base.repo_id,
-        base_revision=pin,
-        at_revision=f" at revision `{base.revision}`" if base.revision else "",
-        tensors=len(shapes),
-        values=f"{_parameters(shapes):,}",
-        settings=settings,
-        repo_id=repo_id,
-        evidence=_evidence_section(evidence),
-        code=code_section(folder, repo_id),
-        citation=CITATION,
+        hidden = read_json(folder / "config.json")["vision_config"]["hidden_size"]
+        size = SIZES.get(hidden, f"hidden size {hidden}")
+        metas = "Original weights: Segment Anything, Meta AI Research, Apache-2.0."
+        credit = metas if "license" in data else "The weights are under the licence of what they were made from."
+        fields = {"title": named or f"SamSplit {size}", "size": size, "paper": PAPER, "weights_credit": credit}
+    origin = _origin(source, revision)
+    section = weights_section(folder, origin=origin, change=change, resized_from=resized_from, evidence=evidence)
+    template = Path(__file__).parent / ("card_adapter.md" if is_adapter(folder) else "card_model.md")
+    body = Template(template.read_text(encoding="utf-8")).substitute(
+        fields, repo_id=repo_id, weights=section, code=code_section(folder, repo_id), citation=CITATION
     )
-    return _card(data, body)
-
-
-def _change_sentence(change, shapes, origin, resized_from, size) -> str:
-    split = [name for name in shapes if re.search(r"\.attn\.[qkv]\.(weight|bias)$", name)]
-    held = f"It holds {len(shapes)} tensors, {_parameters(shapes):,} values."
-    if change == "finetune":
-        return f"Changed against the base: {origin} was fine-tuned; names and shapes stayed. {held}"
-    if change == "merge":
-        return f"Changed against the base: an adapter was merged into {origin}; names and shapes stayed. {held}"
-    kept = "no value changed"
-    if resized_from is not None:
-        old, new = (f"{height} x {width}" for height, width in (_pair(resized_from), size))
-        kept = f"position tables were resampled from {old} to {new} pixels, no other value changed"
-    return (
-        f"Changed against the base: the fused `qkv` layers of {origin} were cut into `q`, `k` and `v`, so "
-        f"{len(split) // 3} tensors became {len(split)}, beside {len(shapes) - len(split)} others; {kept}. {held}"
-    )
-
-
-def _evidence_section(evidence: Sequence[Evidence]) -> str:
-    if not evidence:
-        return ""
-    lines = ["## Evidence", "", "Measured on exactly these weights when the folder was made:", ""]
-    lines += ["| compared | largest absolute difference | dtype | device | versions |", "|---|---|---|---|---|"]
-    for row in evidence:
-        versions = ", ".join(f"{name} {number}" for name, number in row.versions.items())
-        lines.append(f"| {row.compared} | {row.max_difference:.3g} | {row.dtype} | {row.device} | {versions} |")
-    return "\n".join(lines) + "\n\n"
-
-
-def _card(data: dict, body: str) -> ModelCard:
     return ModelCard(f"---\n{ModelCardData(**data).to_yaml()}\n---\n\n{body}")
 
 
-def _template(name: str) -> Template:
-    return Template((Path(__file__).parent / name).read_text(encoding="utf-8"))
+def metadata(folder: str | Path, source: str | Path | None) -> dict:
+    """What the Hub needs to show and find a folder; the licence only where the weights are known to be Meta's.
+
+    Raises:
+        ValueError: as `model_card` does.
+    """
+    folder = Path(folder)
+    if is_adapter(folder):
+        return {
+            "library_name": "peft",
+            "pipeline_tag": "mask-generation",
+            "base_model": read_base(folder).repo_id,
+            "base_model_relation": "adapter",
+            "tags": ["segment-anything", "sam", "sam-split", "peft", "lora"],
+        }
+    model_type = read_json(folder / "config.json").get("model_type")
+    if model_type != "sam_split":
+        raise ValueError(f"{folder}: config.json has model_type {model_type!r}, expected 'sam_split'")
+    data = {
+        "library_name": "transformers",
+        "pipeline_tag": "mask-generation",
+        "tags": ["segment-anything", "sam", "sam-split", "image-segmentation", "peft", "custom_code"],
+    }
+    base = hub_id(source) or _recorded_base(source)
+    if base in META_REPOSITORIES or _is_metas(source):
+        data["license"] = "apache-2.0"
+    if base:
+        # The Hub knows adapter, finetune, merge (of several models) and quantized: a conversion counts as "finetune".
+        data |= {"base_model": base, "base_model_relation": "finetune"}
+    return data
 
 
-def _origin(source: str | Path | None, base: str | None, revision: str | None) -> str:
+def refreshed(text: str, folder: str | Path, repo_id: str, *, base: str | None, change: Change) -> str:
+    """`text` (a whole README.md) made true of `folder`, which will stand at `repo_id`.
+
+    Args:
+        text: what `model_card` wrote and somebody may have edited, or what an author wrote without us.
+        folder: with its config, weights and code files in place.
+        repo_id: takes the place of the placeholder.
+        base: Hub id of what the weights were made from, if it is known.
+        change: what was done since, if the weights are no longer those that `text` describes.
+    """
+    text = refresh_code_section(text.replace(REPO_PLACEHOLDER, repo_id), folder, repo_id)
+    return refresh_weights_section(text, folder, _origin(base, None), change)
+
+
+def _origin(source: str | Path | None, revision: str | None) -> str:
     if source is None:
         return "a model that is not recorded"
+    base = hub_id(source)
     if base is None:
         return f"`{Path(source).name}`"  # never the whole path: it says whose machine it was
     return f"[`{base}`](https://huggingface.co/{base})" + (f" at revision `{revision}`" if revision else "")
 
 
-def hub_id(source: str | Path | None) -> str | None:
-    """`source` if it reads as `name/repository` and is not a file or folder here."""
-    if not isinstance(source, str) or Path(source).exists():
+def _recorded_base(source: str | Path | None) -> str | None:
+    """The base that the card of a local folder names."""
+    readme = Path(source or "", "README.md")
+    if source is None or not readme.is_file():
         return None
-    return source if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source) else None
-
-
-def _package() -> str:
     try:
-        return f"sam-split {version('sam-split')}"
-    except PackageNotFoundError:  # run from a checkout
-        return "the sam-split package"
+        return hub_id(ModelCard.load(readme).data.base_model)
+    except Exception:  # ValueError, or whatever the YAML parser raises: a card that does not parse records nothing
+        return None
 
 
-def _size(vision: dict) -> str:
-    hidden = vision["hidden_size"]
-    return SIZES.get(hidden, f"hidden size {hidden}")
-
-
-def _pair(size) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else tuple(size)
-
-
-def _parameters(shapes: dict[str, tuple[int, ...]]) -> int:
-    return sum(math.prod(shape) for shape in shapes.values())
-
-
-def _read_json(path: Path) -> dict:
-    if not path.is_file():
-        raise ValueError(f"{path.parent} holds no {path.name}; is it a folder written by `sam-split convert`?")
-    return json.loads(path.read_text(encoding="utf-8"))
+def _is_metas(source: str | Path | None) -> bool:
+    """Whether a local file is one of those that Meta published, whatever its name."""
+    if source is None or not Path(source).is_file():
+        return False
+    with Path(source).open("rb") as file:
+        digest = hashlib.md5(usedforsecurity=False)
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest() in META_FILES

@@ -12,20 +12,14 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from tqdm import tqdm
 
-from .card import (
-    REPO_PLACEHOLDER,
-    Base,
-    hub_id,
-    model_card,
-    modified_code,
-    read_base,
-    refresh_code_section,
-)
+from .card import metadata, model_card, refreshed
 from .errors import PushRefused
+from .sections import Base, Change, code_files, hub_id, modified_code, read_base, read_json
+from .weight_files import is_adapter
 
 MODEL_FILES = {
     "config.json": "configuration; its auto_map names the code",
@@ -114,21 +108,14 @@ def stage(
     folder, target = Path(folder), Path(target)
     if not folder.is_dir():
         raise PushRefused(f"{folder} is not a folder; give the one that `sam-split convert` or save_pretrained wrote")
-    adapter = (folder / "adapter_config.json").is_file()
-    paths = _adapter_paths(folder) if adapter else _model_paths(folder)
-    for path in paths:
-        _link_or_copy(folder / path, target / path)
-    if adapter:
-        _rewrite_json(target / "adapter_config.json", _published_adapter_config(folder, base))
-    else:
-        _rewrite_json(target / "config.json", _published_config(folder))
-        modified = modified_code(target)
-        if modified and not allow_modified_code:
-            raise PushRefused(
-                f"{' and '.join(modified)} in {folder} differ from the installed sam_split; "
-                "whoever loads the repository runs them. Pass --allow-modified-code if the change is meant"
-            )
     try:
+        paths = _adapter_paths(folder) if is_adapter(folder) else _model_paths(folder, allow_modified_code)
+        for path in paths:
+            _link_or_copy(folder / path, target / path)
+        if is_adapter(folder):
+            _rewrite_json(target / "adapter_config.json", _published_adapter_config(folder, base))
+        else:
+            _rewrite_json(target / "config.json", _published_config(folder))
         card = _published_card(folder, target, repo_id, base)
     except ValueError as error:
         raise PushRefused(str(error).replace(str(target), str(folder))) from None
@@ -137,24 +124,31 @@ def stage(
     _refuse_tokens(target, names)
     files = [_hashed(target / name, name, _what(name)) for name in tqdm(names, desc="Hashing", unit="file")]
     left_out = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir() if entry.name not in names)
-    return Staged(target, files, left_out, read_base(target) if adapter else None)
+    return Staged(target, files, left_out, read_base(target) if is_adapter(folder) else None)
 
 
-def _model_paths(folder: Path) -> list[str]:
-    import sam_split  # here, because it imports torch
+def _model_paths(folder: Path, allow_modified_code: bool) -> list[str]:
+    from sam_split.configuration_sam_split import AUTO_MAP  # here, because it imports torch
 
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if config.get("model_type") != "sam_split":
         raise PushRefused(
             f"config.json in {folder} says model_type {config.get('model_type')!r}, expected 'sam_split'; "
             f"`sam-split convert {folder} OUT` makes such a folder"
         )
-    for name in sam_split.CODE_FILES:
-        if not (folder / name).is_file():
-            raise PushRefused(
-                f"{folder} holds no {name}, without which AutoModel cannot load it; convert or save it again"
-            )
-    paths = ["config.json", *sam_split.CODE_FILES, *_weight_paths(folder)]
+    again = "load it with sam_split.SamSplitModel.from_pretrained and save it again"
+    code = code_files(folder)
+    for name in {f"{target.partition('.')[0]}.py" for target in AUTO_MAP.values()}:
+        if name not in code:
+            raise PushRefused(f"{folder} holds no {name}, without which AutoModel cannot load it; {again}")
+    modified = modified_code(folder)
+    if modified and not allow_modified_code:
+        raise PushRefused(
+            f"{' and '.join(modified)} in {folder} differ from the installed sam_split, and whoever loads the "
+            f"repository runs them. If another version of sam-split wrote the folder, {again}; "
+            "if the change is meant, pass --allow-modified-code"
+        )
+    paths = ["config.json", *code, *_weight_paths(folder)]
     processors = [name for name in ("preprocessor_config.json", "processor_config.json") if (folder / name).is_file()]
     if not processors:
         raise PushRefused(
@@ -178,7 +172,10 @@ def _weight_paths(folder: Path) -> list[str]:
         )
         found = f" ({pickles} is a pickle and is never published)" if pickles else ""
         raise PushRefused(f"{folder} holds no model.safetensors{found}; `sam-split convert {folder} OUT` writes one")
-    shards = sorted(set(_read_json(index)["weight_map"].values()))
+    weight_map = read_json(index).get("weight_map")
+    if not weight_map or not isinstance(weight_map, dict):
+        raise PushRefused(f"{index} has no weight_map, which names the shard of each tensor; save the model again")
+    shards = sorted({str(shard) for shard in weight_map.values()})
     for shard in shards:
         if not SHARD.fullmatch(shard) or not (folder / shard).is_file():
             raise PushRefused(f"{index} names the shard {shard!r}, which is not in the folder")
@@ -203,7 +200,7 @@ def _published_config(folder: Path) -> dict:
     """The config without this machine's paths, and with an auto_map that points into this repository alone."""
     from sam_split.configuration_sam_split import AUTO_MAP
 
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
         part.pop("_name_or_path", None)
     return {**config, "auto_map": AUTO_MAP}
@@ -217,7 +214,7 @@ def adapter_base(folder: str | Path, given: Base | None = None) -> Base | None:
     """
     if not (Path(folder) / "adapter_config.json").is_file():
         return None
-    config = _read_json(Path(folder) / "adapter_config.json")
+    config = read_json(Path(folder) / "adapter_config.json")
     named = config.get("base_model_name_or_path")
     if given is not None:
         return Base(given.repo_id, given.revision or (config.get("revision") if given.repo_id == named else None))
@@ -231,41 +228,48 @@ def adapter_base(folder: str | Path, given: Base | None = None) -> Base | None:
 
 
 def _published_adapter_config(folder: Path, given: Base | None) -> dict:
-    base, config = adapter_base(folder, given), _read_json(folder / "adapter_config.json")
+    base, config = adapter_base(folder, given), read_json(folder / "adapter_config.json")
     # auto_mapping holds the name and hash of a local module, true on this machine only.
     return {**config, "base_model_name_or_path": base.repo_id, "revision": base.revision, "auto_mapping": None}
 
 
 def _published_card(folder: Path, target: Path, repo_id: str, base: Base | None) -> str:
     readme = folder / "README.md"
-    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
-    # Trainer, PEFT and save_pretrained(push_to_hub=True) write a form to fill in; an empty form says nothing.
-    if not text.strip() or ("Model Card for Model ID" in text and "[More Information Needed]" in text):
+    try:
+        text = readme.read_text(encoding="utf-8-sig") if readme.is_file() else ""
+    except UnicodeDecodeError:
+        raise PushRefused(f"{readme} is not UTF-8; save it in that encoding") from None
+    trained = any((folder / name).is_file() for name in ("training_args.bin", "trainer_state.json"))
+    change: Change = "finetune" if trained else "unknown"
+    if _is_blank(text):
         source, revision = (base.repo_id, base.revision) if base else (None, None)
-        return str(model_card(target, source=source, revision=revision, change="finetune", repo_id=repo_id))
-    text = refresh_code_section(text.replace(REPO_PLACEHOLDER, repo_id), target, repo_id)
-    return _with_metadata(text, target, readme, base)
-
-
-def _with_metadata(text: str, target: Path, readme: Path, base: Base | None) -> str:
-    """`text` with the metadata that the Hub needs to show and find the repository, where its author left them out."""
+        return str(model_card(target, source=source, revision=revision, change=change, repo_id=repo_id))
     try:
         card = ModelCard(text)
     except Exception as error:  # ValueError, or whatever the YAML parser raises
         raise PushRefused(f"{readme}: its metadata, between the two --- lines, does not parse: {error}") from None
-    wanted = model_card(target, source=base.repo_id if base else None).data.to_dict()
+    named = card.data.get("base_model")
+    bases = named if isinstance(named, list) else [named or (base.repo_id if base else None)]
+    if not is_adapter(folder) and any(name and not hub_id(name) for name in bases):
+        raise PushRefused(f"{readme}: base_model is {named!r}, expected a Hub id; correct or remove it")
+    wanted = metadata(target, bases[0])
     missing = {key: value for key, value in wanted.items() if card.data.get(key) is None}
-    if wanted.get("base_model_relation") == "adapter":
-        missing |= {"base_model": wanted["base_model"], "base_model_relation": "adapter"}
-    elif card.data.get("base_model") is not None and not hub_id(card.data.get("base_model")):
-        raise PushRefused(
-            f"{readme}: base_model is {card.data.get('base_model')!r}, expected a Hub id; correct or remove it"
-        )
-    if not missing:
-        return text
+    if is_adapter(folder) and named != wanted["base_model"]:
+        missing |= {key: value for key, value in wanted.items() if key.startswith("base_model")}
     for key, value in missing.items():
         card.data[key] = value
-    return str(card)
+    text = str(card) if missing else text
+    return refreshed(text, target, repo_id, base=bases[0], change=change)
+
+
+def _is_blank(text: str) -> bool:
+    """Whether nobody wrote anything: no card, or the form of PEFT, Trainer and save_pretrained as they leave it."""
+    if "Model Card for Model ID" not in text:
+        return not text.strip()
+    form = ModelCard.from_template(ModelCardData()).text.splitlines()
+    generated = re.compile(r"### Framework versions|- PEFT \S+|.*automatically generated\.")
+    lines = ModelCard(text, ignore_metadata_errors=True).text.splitlines()
+    return all(line in form or generated.fullmatch(line) for line in lines)
 
 
 def _refuse_tokens(folder: Path, names: list[str]) -> None:
@@ -296,16 +300,5 @@ def _hashed(location: Path, path: str, what: str) -> StagedFile:
 
 
 def _rewrite_json(path: Path, content: dict) -> None:
-    if _read_json(path) != content:
+    if read_json(path) != content:
         path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8", newline="\n")
-
-
-def _read_json(path: Path) -> dict:
-    if not path.is_file():
-        raise PushRefused(
-            f"{path.parent} holds no {path.name}; give a folder that `sam-split convert` or save_pretrained wrote"
-        )
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise PushRefused(f"{path} is not JSON: {error}") from None

@@ -17,10 +17,10 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_token
 
-from .card import Base
 from .errors import PushFailed, PushRefused
 from .hub import Branch, Published, redact
 from .publishable import Staged, StagedFile, adapter_base, check_repo_id, stage
+from .sections import Base
 
 DESCRIPTION = """\
 Publish FOLDER (a split model, or a LoRA adapter) as NAME/REPOSITORY, in one commit or not at all.

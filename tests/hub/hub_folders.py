@@ -1,8 +1,12 @@
 """Folders to publish: a tiny split model whose outputs depend on every weight, and a LoRA adapter for it."""
 
+import json
+import shutil
+
 import models
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import SamImageProcessor, SamProcessor
 
 
@@ -37,3 +41,25 @@ def save_adapter(model, folder, **options):
                 parameter.normal_()
     adapted.save_pretrained(folder)
     return adapted
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def shard(folder):
+    """The same weights in two shards, as `save_pretrained` cuts a large model."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    index = {"metadata": {"total_size": sum(t.nbytes for t in weights.values())}, "weight_map": {}}
+    for number, names in enumerate((sorted(weights)[:90], sorted(weights)[90:]), start=1):
+        name = f"model-{number:05d}-of-00002.safetensors"
+        save_file({key: weights[key] for key in names}, folder / name, metadata={"format": "pt"})
+        index["weight_map"] |= dict.fromkeys(names, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def copy_with_config(source, target, **changes):
+    shutil.copytree(source, target)
+    edit_json(target / "config.json", **changes)
+    return target

@@ -1,43 +1,34 @@
-"""The card says what the folder holds: every number in it is recomputed here, and nothing of this machine is in it."""
+"""The card says what the folder holds: every number is recomputed here; no sentence outlives the weights it is of."""
 
 import hashlib
-import json
 import re
 import shutil
 
+import models
+import peft
 import pytest
-from hub_folders import save_adapter, save_split_model
+import torch
+from hub_folders import edit_json, shard
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from hub_card.card import REPO_PLACEHOLDER, Evidence, model_card, refresh_code_section
-from sam_split import CODE_FILES
+import hub_card.card
+from conversion.adapters.merge import merge
+from conversion.checkpoints import convert
+from hub_card.card import model_card, refreshed
+from hub_card.publishable import stage
+from hub_card.sections import REPO_PLACEHOLDER, Evidence, refresh_code_section
+from hub_card.weight_files import weights_digest
+from sam_split import CODE_FILES, SamSplitModel
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory):
-    root = tmp_path_factory.mktemp("original")
-    save_adapter(save_split_model(root / "model"), root / "adapter", modules_to_save=["mask_decoder"])
-    config = json.loads((root / "adapter" / "adapter_config.json").read_text())
-    config |= {"base_model_name_or_path": "alice/sam", "revision": SHA}
-    (root / "adapter" / "adapter_config.json").write_text(json.dumps(config))
-    return root
-
-
-@pytest.fixture
-def folder(original, tmp_path):
-    return shutil.copytree(original / "model", tmp_path / "model")
+METAS = "Original weights: Segment Anything, Meta AI Research"
 
 
 def test_metadata(folder):
     data = model_card(folder, source="facebook/sam-vit-base", revision=SHA).data
-    assert data.library_name == "transformers"
-    assert data.pipeline_tag == "mask-generation"
-    assert data.license == "apache-2.0"
-    assert data.base_model == "facebook/sam-vit-base"
-    assert data.get("base_model_relation") == "finetune"
+    assert (data.library_name, data.pipeline_tag, data.license) == ("transformers", "mask-generation", "apache-2.0")
+    assert (data.base_model, data.get("base_model_relation")) == ("facebook/sam-vit-base", "finetune")
     assert "segment-anything" in data.tags
 
 
@@ -47,16 +38,32 @@ def test_the_text_survives_being_read_and_written(folder):
     assert "$" not in re.sub(r"```.*?```", "", text, flags=re.DOTALL), "every field of the template was filled"
 
 
-def test_the_tensor_count_is_the_folders(folder):
+def test_the_figures_are_the_folders(folder):
     weights = load_file(folder / "model.safetensors")
     split = [name for name in weights if re.search(r"vision_encoder\.layers\.\d+\.attn\.[qkv]\.", name)]
     card = model_card(folder, source="facebook/sam-vit-base").content
     assert f"{len(split) // 3} tensors became {len(split)}, beside {len(weights) - len(split)} others" in card
     assert f"{len(weights)} tensors, {sum(tensor.numel() for tensor in weights.values()):,} values" in card
+    size = models.IMAGE_SIZE
+    assert f"fit {size} x {size} pixels; masks leave the decoder at {size // 4} x {size // 4}" in card
+
+
+def test_the_trainable_parameters_are_those_of_the_example(folder):
+    """The card's own call of PEFT is run; so an edit of the example changes the sentence, too."""
+    card = model_card(folder, source=None).content
+    block = next(block for block in re.findall(r"```python\n(.*?)```", card, re.DOTALL) if "get_peft_model" in block)
+    namespace = {"model": SamSplitModel.from_pretrained(folder)}
+    exec(block, namespace)
+    trainable, _ = namespace["adapted"].get_nb_trainable_parameters()
+    layers = [name for name, _ in namespace["adapted"].named_modules() if name.endswith(".lora_A.default")]
+    assert all("vision_encoder" in name for name in layers)
+    assert f"adapts {len(layers)} linear layers, all in the vision encoder: {trainable:,} trainable param" in card
+    assert card.count(f"`r={namespace['lora'].r}`") == 1
 
 
 def test_the_code_files_with_their_sha256(folder):
     card = model_card(folder, source=None).content
+    assert f"These {len(CODE_FILES)} Python files" in card
     for name in CODE_FILES:
         assert f"| `{name}` | `{hashlib.sha256((folder / name).read_bytes()).hexdigest()}` |" in card
 
@@ -72,34 +79,37 @@ def test_a_local_source_is_named_without_its_path(folder, tmp_path, kind):
     assert card.data.base_model is None
 
 
+def test_only_weights_known_to_be_metas_are_called_so(folder, tmp_path, monkeypatch):
+    (tmp_path / "sam_vit_b_01ec64.pth").write_bytes(b"other weights under Meta's name")
+    (tmp_path / "renamed.pth").write_bytes(b"weights")
+    monkeypatch.setattr(hub_card.card, "META_FILES", (hashlib.md5(b"weights").hexdigest(),))
+    for source in ("facebook/sam-vit-base", tmp_path / "renamed.pth"):
+        card = model_card(folder, source=source)
+        assert METAS in card.content
+        assert card.data.license == "apache-2.0"
+    for source in (None, "alice/sam", tmp_path / "sam_vit_b_01ec64.pth", "conversion/cli/tiny_sam"):
+        card = model_card(folder, source=source)
+        assert METAS not in card.content
+        assert card.data.license is None
+
+
 def test_the_change_is_one_sentence_about_what_was_done(folder):
-    sentences = {
-        change: model_card(folder, source="a/b", change=change).content for change in ("split", "finetune", "merge")
-    }
-    assert "were cut into `q`, `k` and `v`" in sentences["split"]
-    assert "no value changed" in sentences["split"]
-    assert "fine-tuned" in sentences["finetune"]
-    assert "merged" in sentences["merge"]
-    assert "no value changed" not in sentences["finetune"] + sentences["merge"]
-
-
-def test_resampled_tables_are_not_called_unchanged(folder):
-    card = model_card(folder, source="a/b", resized_from=1024).content
-    assert "resampled from 1024 x 1024 to 96 x 96 pixels" in card
-    assert "; no value changed" not in card
+    said = {change: model_card(folder, source="a/b", change=change).content for change in ("finetune", "merge")}
+    assert "was fine-tuned" in said["finetune"]
+    assert "an adapter was merged into" in said["merge"]
+    assert "no value changed" not in said["finetune"] + said["merge"]
+    resized = model_card(folder, source="a/b", resized_from=1024).content
+    assert f"resampled from 1024 x 1024 to {models.IMAGE_SIZE} x {models.IMAGE_SIZE} pixels, no other value" in resized
 
 
 def test_evidence(folder):
     rows = [
-        Evidence("masks of one click, against transformers' SamModel", 2.5e-7, "float32", "cpu", {"torch": "9.9"}),
-        Evidence("weights, against the source", 0.0, "float32", "cpu"),
+        Evidence("masks of one click, with those of SamModel", 2.5e-7, "float32", "cpu", {"torch": "9.9"}),
+        Evidence("weights, with the source", None, "float32", "cpu"),
     ]
     card = model_card(folder, source="a/b", evidence=rows).content
-    assert "| masks of one click, against transformers' SamModel | 2.5e-07 | float32 | cpu | torch 9.9 |" in card
-    assert re.search(r"\| weights, against the source \| 0 \| float32 \| cpu \| torch \S+, transformers \S+ \|", card)
-
-
-def test_no_evidence_no_claim(folder):
+    assert "| masks of one click, with those of SamModel | 2.5e-07 | float32 | cpu | torch 9.9 |" in card
+    assert re.search(r"\| weights, .* \| equal, bit for bit \| float32 \| cpu \| torch \S+, transformers \S+ \|", card)
     assert "Evidence" not in model_card(folder, source="a/b").content
 
 
@@ -124,8 +134,7 @@ def test_the_placeholder_gives_way_to_the_repository(folder):
 
 
 def test_a_folder_that_is_not_a_split_model(folder):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "sam"}))
+    edit_json(folder / "config.json", model_type="sam")
     with pytest.raises(ValueError, match="sam_split"):
         model_card(folder, source=None)
 
@@ -136,20 +145,151 @@ def test_weights_cut_short(folder):
         model_card(folder, source=None)
 
 
-def test_an_adapter(original):
-    card = model_card(original / "adapter", source=None)
+def test_an_adapter(adapter):
+    edit_json(adapter / "adapter_config.json", base_model_name_or_path="/home/alice/sam")
+    with pytest.raises(ValueError, match="Hub id"):
+        model_card(adapter, source=None)
+    edit_json(adapter / "adapter_config.json", base_model_name_or_path="alice/sam", revision=SHA)
+    card = model_card(adapter, source=None)
     assert (card.data.base_model, card.data.get("base_model_relation")) == ("alice/sam", "adapter")
-    assert card.data.library_name == "peft"
-    weights = load_file(original / "adapter" / "adapter_model.safetensors")
+    assert (card.data.library_name, card.data.license) == ("peft", None)
+    weights = load_file(adapter / "adapter_model.safetensors")
     assert f"{len(weights)} tensors ({sum(tensor.numel() for tensor in weights.values()):,} values)" in card.content
     assert f'AutoModel.from_pretrained("alice/sam", revision="{SHA}"' in card.content
-    for setting in ('`target_modules=["q", "v"]`', "`r=4`", '`modules_to_save=["mask_decoder"]`'):
+    for setting in ('`target_modules=["q", "v"]`', "`r=4`", '`modules_to_save=["iou_prediction_head"]`'):
         assert setting in card.content
 
 
-def test_an_adapter_whose_base_is_a_path(original, tmp_path):
-    folder = shutil.copytree(original / "adapter", tmp_path / "adapter")
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/home/alice/sam"}))
-    with pytest.raises(ValueError, match="Hub id"):
-        model_card(folder, source=None)
+# The card after the weights
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    root = tmp_path_factory.mktemp("converted")
+    models.stock_model().save_pretrained(root / "stock")
+    convert(root / "stock", root / "kept", progress=False)
+    convert(root / "stock", root / "resized", image_size=64, progress=False)
+    return root
+
+
+@pytest.fixture
+def published(tmp_path):
+    """The card of a folder as it would be pushed."""
+
+    def run(folder, **options):
+        shutil.rmtree(tmp_path / "staged", ignore_errors=True)
+        (tmp_path / "staged").mkdir()
+        stage(folder, tmp_path / "staged", REPO_PLACEHOLDER, **options)
+        return (tmp_path / "staged" / "README.md").read_text()
+
+    return run
+
+
+@pytest.mark.parametrize("kind", ["kept", "resized"])
+@pytest.mark.parametrize("written", ["as it is", "sharded", "saved again"])
+def test_untouched_weights_keep_their_card_byte_for_byte(converted, published, tmp_path, kind, written):
+    folder = shutil.copytree(converted / kind, tmp_path / "out")
+    if written == "sharded":
+        shard(folder)
+    elif written == "saved again":
+        model = SamSplitModel.from_pretrained(folder)
+        (folder / "model.safetensors").unlink()
+        model.save_pretrained(folder, max_shard_size="100KB")
+        assert (folder / "model.safetensors.index.json").is_file()
+    text = published(folder)
+    assert text == (folder / "README.md").read_text()
+    assert "equal, bit for bit" in text
+
+
+def scale(folder):
+    model = SamSplitModel.from_pretrained(folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.01)
+    model.save_pretrained(folder)
+
+
+def halve(folder):
+    SamSplitModel.from_pretrained(folder).half().save_pretrained(folder)
+
+
+def train(folder):
+    scale(folder)
+    (folder / "training_args.bin").write_bytes(b"")  # Trainer writes it beside the weights
+
+
+def peft_merge(folder):
+    model = SamSplitModel.from_pretrained(folder)
+    lora = peft.LoraConfig(r=2, target_modules=["q", "v"], init_lora_weights=False)
+    peft.get_peft_model(model, lora).merge_and_unload().save_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", ["kept", "resized"])
+@pytest.mark.parametrize("change", [scale, halve, train, peft_merge], ids=lambda change: change.__name__)
+def test_other_weights_lose_the_sentence_and_the_evidence(converted, published, tmp_path, kind, change):
+    folder = shutil.copytree(converted / kind, tmp_path / "out")
+    change(folder)
+    text = published(folder)
+    for claim in ("value changed", "resampled", "Evidence", "bit for bit", "were cut into"):
+        assert claim not in text
+    assert ("was fine-tuned" if change is train else "how is not recorded") in text
+    assert f"weights {weights_digest(folder)}" in text, "and the digest is that of these weights"
+    (folder / "README.md").write_text(text)
+    assert published(folder) == text
+
+
+def test_what_an_author_wrote_stays(converted, published, tmp_path):
+    folder = shutil.copytree(converted / "kept", tmp_path / "out")
+    readme, added = folder / "README.md", "Trained on 300 nuclei.\n\n| set | IoU |\n|---|---|\n| mine | 0.81 |"
+    text = readme.read_text().replace("\n### Evidence", f"\n{added}\n\n### Evidence")
+    text = text.replace("## Limits\n", "## Limits\n\n- Not for cats.\n").replace("tags:", "license: mit\ntags:")
+    readme.write_text(text)
+    assert published(folder) == text, "an edited card of these weights is left alone"
+    scale(folder)
+    renewed = published(folder)
+    assert "no value changed" not in renewed
+    assert "bit for bit" not in renewed
+    assert added in renewed
+    assert "- Not for cats." in renewed
+    assert ModelCard(renewed).data.license == "mit"
+
+
+def test_a_merge_by_the_command_line_is_recorded(converted, saved, published, tmp_path):
+    base = shutil.copytree(converted / "kept", tmp_path / "base")
+    readme = base / "README.md"
+    readme.write_text(readme.read_text().replace("tags:", "base_model: facebook/sam-vit-base\ntags:"))
+    merge(base, saved / "adapter", tmp_path / "merged", progress=False)
+    text = (tmp_path / "merged" / "README.md").read_text()
+    assert "an adapter was merged into `base`" in text
+    assert ModelCard(text).data.base_model == "facebook/sam-vit-base", "which the card of the base names"
+    assert METAS in text
+    assert published(tmp_path / "merged") == text
+    scale(tmp_path / "merged")
+    assert "was merged into" not in published(tmp_path / "merged")
+
+
+def test_an_adapter_trained_again(adapter):
+    edit_json(adapter / "adapter_config.json", base_model_name_or_path="alice/sam")
+    text = str(model_card(adapter, source=None, evidence=[Evidence("IoU", 0.5, "float32", "cpu")]))
+    renew = {"repo_id": "alice/lora", "base": "alice/sam", "change": "unknown"}
+    assert "Evidence" in refreshed(text, adapter, **renew)
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
+    edit_json(adapter / "adapter_config.json", lora_alpha=99)
+    renewed = refreshed(text, adapter, **renew)
+    assert "Evidence" not in renewed
+    assert "`lora_alpha=99`" in renewed
+
+
+def test_the_digest_tells_names_dtypes_shapes_and_values_apart(tmp_path):
+    digests = []
+    ones = torch.ones(4, 2)
+    both = {"q": ones, "v": ones.clone()}
+    cases = [{"q": ones}, {"k": ones}, {"q": ones.half()}, {"q": ones.view(2, 4)}, {"q": 2 * ones}, both]
+    for case in cases:
+        save_file(case, tmp_path / "model.safetensors")
+        digests.append(weights_digest(tmp_path))
+    assert len(set(digests)) == len(cases)
+    save_file({"v": ones}, tmp_path / "model-00001-of-00002.safetensors", metadata={"format": "pt"})
+    save_file({"q": ones}, tmp_path / "model.safetensors")
+    assert weights_digest(tmp_path) == digests[-1]

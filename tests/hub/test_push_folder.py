@@ -4,39 +4,24 @@ import json
 import shutil
 
 import pytest
-from hub_folders import save_adapter, save_split_model
-from huggingface_hub import ModelCard
+from hub_folders import edit_json, shard
+from huggingface_hub import ModelCard, ModelCardData
 
-from hub_card.card import Base
+import sam_split
 from hub_card.errors import PushRefused
 from hub_card.publishable import check_repo_id, stage
+from hub_card.sections import Base
 from sam_split import CODE_FILES
 
 REPO = "alice/sam"
 MODEL = {"config.json", *CODE_FILES, "model.safetensors", "README.md"}
 SHA = "0123456789abcdef0123456789abcdef01234567"
-
-
-@pytest.fixture(scope="module")
-def originals(tmp_path_factory):
-    root = tmp_path_factory.mktemp("originals")
-    save_adapter(save_split_model(root / "model"), root / "adapter")
-    return root
-
-
-@pytest.fixture
-def folder(originals, tmp_path):
-    return shutil.copytree(originals / "model", tmp_path / "model")
-
-
-@pytest.fixture
-def adapter(originals, tmp_path):
-    return shutil.copytree(originals / "adapter", tmp_path / "adapter")
+TOKEN = "hf_" + "AbCdEfGhIj" * 3
 
 
 @pytest.fixture
 def staged(tmp_path):
-    """Stage a folder; the result's files by path."""
+    """Stage a folder."""
 
     def run(folder, **options):
         target = tmp_path / "staged"
@@ -47,12 +32,12 @@ def staged(tmp_path):
     return run
 
 
+def card_of(staged) -> str:
+    return (staged.folder / "README.md").read_text()
+
+
 def paths(staged):
     return {file.path for file in staged.files}
-
-
-def edit_json(path, **changes):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def test_exactly_what_belongs(folder, staged):
@@ -62,40 +47,41 @@ def test_exactly_what_belongs(folder, staged):
     assert got.left_out == []
 
 
-SECRETS = [
-    ".env",
-    "id_rsa",
-    "token",
-    "optimizer.pt",
-    "training_args.bin",
-    "pytorch_model.bin",
-    "notes.txt",
-    "train.py",
-]
+STRAY = {
+    *(".env", "id_rsa", "token", "notes.txt", "train.py"),
+    *("optimizer.pt", "training_args.bin", "trainer_state.json", "pytorch_model.bin", "model.safetensors.bak"),
+}
 
 
 def test_the_rest_is_left_out_by_name(folder, staged):
-    for name in SECRETS:
+    for name in STRAY:
         (folder / name).write_text("secret")
     (folder / "checkpoint-500").mkdir()
     (folder / "checkpoint-500" / "model.safetensors").write_text("x")
     got = staged(folder)
-    assert not paths(got) & {*SECRETS, "checkpoint-500"}
-    assert got.left_out == sorted([*SECRETS, "checkpoint-500/"])
+    assert not paths(got) & {*STRAY, "checkpoint-500"}
+    assert got.left_out == sorted([*STRAY, "checkpoint-500/"])
     assert {path.name for path in got.folder.iterdir()} == paths(got)
+
+
+def test_only_the_shards_of_the_index(folder, staged):
+    shard(folder)
+    (folder / "model-00003-of-00003.safetensors").write_bytes(b"of an earlier save")
+    got = staged(folder)
+    assert {path for path in paths(got) if "-of-" in path} == {f"model-0000{n}-of-00002.safetensors" for n in (1, 2)}
+    assert got.left_out == ["model-00003-of-00003.safetensors"]
 
 
 @pytest.mark.parametrize("name", ["README.md", "config.json", "modeling_sam_split.py"])
 def test_a_token_inside_a_file_that_belongs(folder, staged, name):
-    token = "hf_" + "AbCdEfGhIj" * 3
     if name == "config.json":
-        edit_json(folder / name, note=token)
+        edit_json(folder / name, note=TOKEN)
     else:
         with (folder / name).open("a") as file:
-            file.write(f"\n# {token}\n")
+            file.write(f"\n# {TOKEN}\n")
     with pytest.raises(PushRefused, match=name) as refused:
         staged(folder, allow_modified_code=True)
-    assert token not in str(refused.value)
+    assert TOKEN not in str(refused.value)
 
 
 def test_this_machines_paths_and_other_repositories_code_do_not_travel(folder, staged):
@@ -108,53 +94,44 @@ def test_this_machines_paths_and_other_repositories_code_do_not_travel(folder, s
     assert not any("--" in target for target in config["auto_map"].values())
 
 
-def break_model_type(folder):
-    edit_json(folder / "config.json", model_type="sam")
-
-
-def break_config(folder):
-    (folder / "config.json").write_text("{")
-
-
-def two_kinds_of_weights(folder):
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}')
-
-
-def shard_missing(folder):
-    (folder / "model.safetensors").unlink()
-    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def shard_elsewhere(folder):
-    (folder / "model.safetensors").unlink()
-    index = {"weight_map": {"a": "../../secrets.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def only_a_pickle(folder):
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-
-
 def without(name):
-    def remove(folder):
-        for path in folder.glob(name):
-            path.unlink()
+    return lambda folder: [path.unlink() for path in folder.glob(name)]
 
-    return remove
+
+def write(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def index(text):
+    def edit(folder):
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors.index.json").write_text(text)
+
+    return edit
 
 
 REFUSED = {
     "no config": (without("config.json"), "config.json"),
-    "a fused checkpoint": (break_model_type, "sam-split convert"),
-    "not JSON": (break_config, "not JSON"),
+    "a fused checkpoint": (lambda folder: edit_json(folder / "config.json", model_type="sam"), "sam-split convert"),
+    "not JSON": (write("config.json", "{"), "not JSON"),
+    "not an object": (write("config.json", "[]"), "JSON object"),
     "no code": (without("modeling_sam_split.py"), "modeling_sam_split.py"),
     "no processor": (without("*processor_config.json"), "preprocessor_config.json"),
     "no weights": (without("model.safetensors"), "model.safetensors"),
-    "only a pickle": (only_a_pickle, "pytorch_model.bin is a pickle"),
-    "weights and index": (two_kinds_of_weights, "both"),
-    "a shard is missing": (shard_missing, "model-00001-of-00002"),
-    "a shard from elsewhere": (shard_elsewhere, "secrets"),
+    "only a pickle": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+        "pytorch_model.bin is a pickle",
+    ),
+    "weights and index": (write("model.safetensors.index.json", '{"weight_map": {}}'), "both"),
+    "no weight map": (index("{}"), "no weight_map"),
+    "a shard is missing": (index('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'), "model-00001-of-00002"),
+    "a shard from elsewhere": (index('{"weight_map": {"a": "../../secrets.safetensors"}}'), "secrets"),
+    "a shard without a name": (index('{"weight_map": {"a": null}}'), "None"),
+    "metadata is a list": (write("README.md", "---\n- a\n---\n# List\n"), "metadata"),
+    "metadata is broken": (write("README.md", "---\na: [\n---\n# Broken\n"), "metadata"),
+    "a base on this machine": (write("README.md", "---\nbase_model: /home/alice/sam\n---\n# Mine\n"), "base_model"),
+    "not UTF-8": (lambda folder: (folder / "README.md").write_bytes(b"\xff\xfe#"), "UTF-8"),
+    "weights cut short": (write("model.safetensors", "x"), "damaged"),
 }
 
 
@@ -184,54 +161,89 @@ def test_a_well_formed_repository_id():
     check_repo_id("alice/sam-split_vit.b")
 
 
-def test_modified_code_needs_consent_and_the_card_says_so(folder, staged):
-    with (folder / "modeling_sam_split.py").open("a") as file:
-        file.write("\n# changed\n")
-    with pytest.raises(PushRefused, match=r"modeling_sam_split\.py.*--allow-modified-code"):
+# Code
+
+
+@pytest.mark.parametrize(
+    ("difference", "name"),
+    [("edited", "modeling_sam_split.py"), ("older", "training.py"), ("newer", "layers_sam_split.py")],
+)
+def test_other_code_than_the_packages_needs_consent_and_the_card_says_so(
+    folder, staged, monkeypatch, difference, name
+):
+    """An edit, a folder that lacks a code file of this version, and one with a code file more."""
+    if difference == "older":
+        monkeypatch.setattr(sam_split, "CODE_FILES", (*CODE_FILES, name))
+    else:
+        with (folder / name).open("a") as file:
+            file.write("\n# changed\n")
+    with pytest.raises(PushRefused, match=rf"{name}.*save it again.*--allow-modified-code"):
         staged(folder)
-    card = (staged(folder, allow_modified_code=True).folder / "README.md").read_text()
-    assert "**Modified code.** `modeling_sam_split.py` differs" in card
-    assert "byte for byte" not in card
+    got = staged(folder, allow_modified_code=True)
+    assert f"**Modified code.** `{name}` differs" in card_of(got)
+    assert "byte for byte" not in card_of(got)
+    assert (name in paths(got)) == (difference != "older")
 
 
 def test_unmodified_code_is_called_so(folder, staged):
-    card = (staged(folder).folder / "README.md").read_text()
+    card = card_of(staged(folder))
     assert "byte for byte" in card
     assert "Modified" not in card
+
+
+# The card
 
 
 def test_a_card_that_somebody_wrote_is_kept_and_completed(folder, staged):
     (folder / "README.md").write_text(
         "---\nlicense: mit\ntags: [mine]\n---\n# My nuclei\n\nFine-tuned on my slides.\n"
     )
-    got = staged(folder, base=Base("facebook/sam-vit-base", SHA))
-    card = ModelCard((got.folder / "README.md").read_text())
+    card = ModelCard(card_of(staged(folder, base=Base("facebook/sam-vit-base", SHA))))
     assert "Fine-tuned on my slides." in card.content
-    assert card.data.license == "mit"
-    assert card.data.tags == ["mine"]
-    assert card.data.library_name == "transformers"
-    assert card.data.pipeline_tag == "mask-generation"
+    assert (card.data.license, card.data.tags) == ("mit", ["mine"])
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "mask-generation")
     assert card.data.base_model == "facebook/sam-vit-base"
     assert "What `trust_remote_code=True` runs" in card.content
 
 
-def test_staging_twice_gives_the_same_bytes(folder, staged):
-    (folder / "README.md").write_text("---\nlicense: mit\n---\n# My nuclei\n")
-    first = {file.path: file.sha256 for file in staged(folder).files}
+@pytest.mark.parametrize("text", ["# My nuclei\n", "\ufeff# My nuclei\r\n", "---\nlicense: mit\n---\n# My nuclei\n"])
+def test_a_card_without_or_with_little_metadata(folder, staged, text):
+    (folder / "README.md").write_text(text, encoding="utf-8", newline="")
+    got = staged(folder)
+    card = ModelCard(card_of(got))
+    assert card.data.pipeline_tag == "mask-generation"
+    assert card.data.license == ("mit" if "mit" in text else None), "a licence is not ours to choose"
+    assert card.text.lstrip().startswith("# My nuclei")
+    first = {file.path: file.sha256 for file in got.files}
     assert {file.path: file.sha256 for file in staged(folder).files} == first
 
 
-@pytest.mark.parametrize("text", ["---\n- a\n---\n# List\n", "---\na: [\n---\n# Broken\n"])
-def test_metadata_that_is_not_a_mapping(folder, staged, text):
-    (folder / "README.md").write_text(text)
-    with pytest.raises(PushRefused, match="metadata"):
-        staged(folder)
+def test_a_card_that_names_several_bases(folder, staged):
+    (folder / "README.md").write_text("---\nbase_model:\n- a/b\n- c/d\n---\n# Merged\n")
+    assert ModelCard(card_of(staged(folder))).data.base_model == ["a/b", "c/d"]
 
 
-def test_a_base_that_is_a_path_on_this_machine(folder, staged):
-    (folder / "README.md").write_text("---\nbase_model: /home/alice/sam\n---\n# Mine\n")
-    with pytest.raises(PushRefused, match="base_model"):
-        staged(folder)
+def form(text="") -> str:
+    """What transformers and PEFT leave for people to fill in."""
+    card = ModelCard.from_template(ModelCardData(library_name="transformers")).text
+    return f"---\nlibrary_name: transformers\n---\n{card}\n### Framework versions\n\n- PEFT 0.18.0\n{text}"
+
+
+def test_a_form_that_nobody_filled_in_gives_way(folder, staged):
+    (folder / "README.md").write_text(form())
+    assert "More Information Needed" not in card_of(staged(folder))
+    (folder / "README.md").write_text(form("\nTrained on my slides.\n"))
+    assert "Trained on my slides." in card_of(staged(folder))
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_only_what_is_known_is_said_of_a_folder_without_a_card(folder, staged, trained):
+    if trained:
+        (folder / "training_args.bin").write_bytes(b"")
+    card = card_of(staged(folder, base=Base("alice/base", SHA)))
+    assert ("was fine-tuned" if trained else "how is not recorded") in card
+    assert f"[`alice/base`](https://huggingface.co/alice/base) at revision `{SHA}`" in card
+    assert "Meta AI" not in card
 
 
 # Adapters
@@ -244,7 +256,7 @@ def test_an_adapter(adapter, staged):
     assert config["base_model_name_or_path"] == "alice/sam"
     assert config["revision"] == SHA
     assert config["auto_mapping"] is None
-    card = ModelCard((got.folder / "README.md").read_text())
+    card = ModelCard(card_of(got))
     assert card.data.base_model == "alice/sam"
     assert card.data.base_model_relation == "adapter"
     assert card.data.library_name == "peft"
