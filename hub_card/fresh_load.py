@@ -1,9 +1,9 @@
 """Load a folder as a stranger would: run as a script, by a fresh interpreter, with the sam_split package out of reach.
 
-    python fresh_load.py STAGED FOLDER [BASE REVISION]
+    python fresh_load.py FOLDER [BASE REVISION]
 
-Loads STAGED through the Auto classes, compares every tensor with the weight files of FOLDER bit for bit, and segments
-one random picture. The last line of the output is JSON; a failed check prints one line on standard error and exits 1.
+Loads FOLDER through the Auto classes, compares every tensor with its weight files bit for bit, and segments one random
+image. The last line of the output is JSON; a failed check prints one line on standard error and exits with 1.
 """
 
 import json
@@ -11,19 +11,17 @@ import sys
 from pathlib import Path
 
 
-def check_model(staged, folder):
-    """The model in `staged`, loaded by its own code and equal to the tensors in `folder`."""
+def check_model(folder):
+    """The model in `folder`, loaded by its own code and equal to its weight files."""
     from safetensors import safe_open
     from transformers import AutoModel, AutoProcessor
 
-    model = AutoModel.from_pretrained(staged, trust_remote_code=True, dtype="auto")
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype="auto")
     if not type(model).__module__.startswith("transformers_modules."):
         raise SystemExit(f"AutoModel gave {type(model).__module__}.{type(model).__name__}, not the folder's own class")
-    AutoProcessor.from_pretrained(staged)
+    AutoProcessor.from_pretrained(folder)
     loaded, seen = model.state_dict(), set()
     for path in sorted(Path(folder).glob("model*.safetensors")):
-        if not (Path(staged) / path.name).exists():
-            continue
         with safe_open(path, framework="pt") as weights:
             for name in weights.keys():
                 seen.add(name)
@@ -33,14 +31,14 @@ def check_model(staged, folder):
     return model, len(seen)
 
 
-def check_adapter(staged, folder, base, revision):
-    """The adapter in `staged` on its base from the Hub, equal to the tensors in `folder`."""
+def check_adapter(folder, base, revision):
+    """The adapter in `folder` on its base from the Hub, equal to its weight file."""
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors.torch import load_file
     from transformers import AutoModel
 
     model = AutoModel.from_pretrained(base, revision=revision, code_revision=revision, trust_remote_code=True)
-    model = PeftModel.from_pretrained(model, staged)
+    model = PeftModel.from_pretrained(model, folder)
     loaded = get_peft_model_state_dict(model)
     stored = load_file(Path(folder) / "adapter_model.safetensors")
     for name, tensor in stored.items():
@@ -65,7 +63,7 @@ def compare(name, ours, theirs):
 
 
 def segment(model):
-    """One click on a random picture: the code must run and the answer be finite."""
+    """One click on a random image: the code must run and its outputs must be finite."""
     import torch
 
     size = model.config.vision_config.image_size
@@ -76,14 +74,14 @@ def segment(model):
         outputs = model.eval()(pixel_values=pixels, input_points=click)
     for name in ("pred_masks", "iou_scores"):
         if not torch.isfinite(outputs[name]).all():
-            raise SystemExit(f"{name} of a random picture is not finite")
+            raise SystemExit(f"{name} of a random image is not finite")
 
 
-def main(staged, folder, base=None, revision=None):
+def main(folder, base=None, revision=None):
     if base is None:
-        model, tensors = check_model(staged, folder)
+        model, tensors = check_model(folder)
     else:
-        model, tensors = check_adapter(staged, folder, base, revision)
+        model, tensors = check_adapter(folder, base, revision)
     segment(model)
     import torch
     import transformers
@@ -92,7 +90,7 @@ def main(staged, folder, base=None, revision=None):
 
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # this file's own folder, whose modules have common names
+    sys.path.pop(0)  # this file's own folder: its module names could hide others
     for package in ("sam_split", "conversion", "hub_card"):
         sys.modules[package] = None  # importing one raises ModuleNotFoundError, installed or not
     main(*sys.argv[1:])

@@ -19,7 +19,7 @@ from huggingface_hub import HfApi, constants, get_token
 
 from .errors import PushFailed, PushRefused
 from .hub import Branch, Published, redact
-from .publishable import Staged, StagedFile, adapter_base, check_repo_id, stage
+from .publishable import Staged, adapter_base, check_repo_id, stage
 from .sections import Base
 
 DESCRIPTION = """\
@@ -101,8 +101,10 @@ def _publish(folder, repo_id, **options) -> int:
     try:
         push(folder, repo_id, **options)
     except (PushRefused, PushFailed) as error:
-        print(f"sam-split: error: {redact(str(error))}", file=sys.stderr)
-        return 2 if isinstance(error, PushRefused) else 1
+        failed = isinstance(error, PushFailed)
+        bar = "\n" * failed  # huggingface_hub leaves the line of its progress bar open
+        print(f"{bar}sam-split: error: {redact(str(error))}", file=sys.stderr)
+        return 1 if failed else 2
     return 0
 
 
@@ -141,9 +143,9 @@ def push(
     check_repo_id(repo_id)
     if constants.HF_HUB_OFFLINE:
         raise PushRefused("HF_HUB_OFFLINE is set; unset it to reach the Hub")
-    api = HfApi()
     if not dry_run and get_token() is None:
         raise PushRefused("no Hub token found; run `hf auth login`, or set HF_TOKEN")
+    api = HfApi()
     target = Branch(api, repo_id, branch)
     with tempfile.TemporaryDirectory(prefix="sam-split-push-") as scratch:
         staged_folder = Path(scratch, "staged")
@@ -157,34 +159,38 @@ def push(
         print(load_in_fresh_process(staged, folder))
 
         head = target.head()
-        if dry_run:
-            _print_dry_run(target, staged, head)
+        if head is None and dry_run:
+            print(f"Dry run: {target} does not exist yet; it would be created with these files.")
             return None
-        if head is None:
-            target.check_card((staged.folder / "README.md").read_text(encoding="utf-8"))
-            head = target.create(private)
+        head = head or target.create(private)
         target.refuse_unfit(head, staged)
         changes = target.differences(head, staged)
         if not any(changes):
             published = Published(repo_id, head, f"{api.endpoint}/{repo_id}/commit/{head}", False)
         else:
-            print(f"In one commit on top of {head}:")
-            _print_changes(*changes)
-            published = target.find_open_request(staged) if create_pr else None
+            print(f"{'Dry run: a push would, in' if dry_run else 'In'} one commit on top of {head}:")
+            for file in changes[0]:
+                print(f"  write  {file.path}")
+            for path in changes[1]:
+                print(f"  delete {path}")
+            if dry_run:
+                return None
             kind = "adapter" if staged.is_adapter else "model"
-            published = published or target.publish(staged, head, message or f"Upload SamSplit {kind}", create_pr)
+            title = message or f"Upload SamSplit {kind}"
+            published = target.find_open_request(staged) if create_pr else None
+            published = published or target.publish(staged, head, changes, title, create_pr)
     _print_result(published, staged)
-    return published
+    return None if dry_run else published
 
 
 def load_in_fresh_process(staged: Staged, folder: str | Path) -> str:
-    """Run `fresh_load.py` on the staged files and return what it found, in a sentence.
+    """Run `fresh_load.py` on the staged files of `folder` and return what it found, in a sentence.
 
     Raises:
         PushRefused: they do not load, or not as what the folder holds.
     """
     script = Path(__file__).with_name("fresh_load.py")
-    arguments = [str(staged.folder), str(Path(folder).resolve())]
+    arguments = [str(staged.folder)]
     environment = dict(os.environ)
     with tempfile.TemporaryDirectory(prefix="sam-split-modules-") as scratch:
         environment["HF_MODULES_CACHE"] = scratch  # or an earlier load's code could answer for this one's
@@ -192,7 +198,7 @@ def load_in_fresh_process(staged: Staged, folder: str | Path) -> str:
             arguments += [staged.base.repo_id, staged.base.revision or "main"]
         else:
             environment["HF_HUB_OFFLINE"] = "1"
-            environment["HF_HOME"] = scratch  # where a token may be stored; the folder's code has no business with it
+            environment["HF_HOME"] = scratch  # the usual one may hold a token, which the folder's code must not see
             for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH"):
                 environment.pop(name, None)
         done = subprocess.run(
@@ -203,7 +209,7 @@ def load_in_fresh_process(staged: Staged, folder: str | Path) -> str:
         raise PushRefused(f"{folder} does not load in a fresh process: {redact(lines[-1])}")
     found = json.loads(done.stdout.strip().splitlines()[-1])
     versions = f"transformers {found['transformers']}, torch {found['torch']}"
-    return f"It loads: {found['tensors']} tensors, each equal to the one in {folder} ({versions})."
+    return f"It loads: {found['tensors']} tensors, each equal to the one in the weight files ({versions})."
 
 
 def _pinned(api: HfApi, base: Base) -> Base:
@@ -223,26 +229,6 @@ def _print_table(staged: Staged, target: Branch) -> None:
         print(f"  {file.path:<{width}}  {file.size:>13,} bytes  {file.what}")
     if staged.left_out:
         print(f"Left out: {', '.join(staged.left_out)}")
-
-
-def _print_dry_run(target: Branch, staged: Staged, head: str | None) -> None:
-    if head is None:
-        print(f"Dry run: {target} does not exist yet; it would be created with these files.")
-        return
-    target.refuse_unfit(head, staged)
-    changes = target.differences(head, staged)
-    if any(changes):
-        print(f"Dry run: in one commit on top of {head}, a push would")
-        _print_changes(*changes)
-    else:
-        print(f"Dry run: {target} holds exactly these files already, at {head}.")
-
-
-def _print_changes(changed: list[StagedFile], stale: list[str]) -> None:
-    for file in changed:
-        print(f"  write  {file.path}")
-    for path in stale:
-        print(f"  delete {path}")
 
 
 def _print_result(published: Published, staged: Staged) -> None:
