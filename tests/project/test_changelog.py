@@ -12,10 +12,10 @@ def read(name):
     return (ROOT / name).read_text(encoding="utf-8")
 
 
-def test_top_entry_is_the_version():
+def test_last_release_is_the_version():
     (version,) = re.findall(r'^version = "(.+)"$', read("pyproject.toml"), re.MULTILINE)
-    top = re.findall(r"^## (\S+)", read("CHANGELOG.md"), re.MULTILINE)[0]
-    assert top == version == sam_split.__version__
+    released = [name for name in re.findall(r"^## (\S+)", read("CHANGELOG.md"), re.MULTILINE) if name != "Unreleased"]
+    assert released[0] == version == sam_split.__version__
 
 
 def test_table_is_the_matrix():
@@ -33,7 +33,16 @@ def test_table_is_the_matrix():
 
 def test_contributing_names_what_exists():
     text = read("CONTRIBUTING.md")
-    for session in re.findall(r"nox -s (\w+)", text):
+    sessions = re.findall(r"nox -s (\w+)", text + read("README.md"))
+    paths = re.findall(r"`((?:tests|conversion|examples|benchmarks|sam_split|hub_card)/[\w/.]*)`", text)
+    tests = re.findall(r"`(test_\w+)`", text)
+    assert len(sessions) > 5
+    assert len(paths) > 5
+    assert tests
+    for session in sessions:
         assert f"\ndef {session}(session):" in read("noxfile.py"), session
-    for path in re.findall(r"`((?:tests|conversion|examples|benchmarks|sam_split)/[\w/.]+)`", text):
+    for path in paths:
         assert (ROOT / path).exists(), path
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    for test in tests:
+        assert f"def {test}(" in source, test
