@@ -32,18 +32,19 @@ def new_folder(out: Path) -> Iterator[Path]:
     """
     check_new(out)
     _tell_of_leftovers(out)
-    partial = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
-    partial.mkdir()
+    partial = _partial(out)
     try:
-        yield partial
-        _flush(partial)
-        check_new(out)
-        try:
-            os.rename(partial, out)  # fails if another process has just put its files there
-        except OSError as error:
+        with _naming(out):
+            partial.mkdir()
+            yield partial
+            _flush(partial)
             check_new(out)
-            raise error
-        _flush_entry(out.parent)
+            try:
+                os.rename(partial, out)  # fails if another process has just put its files there
+            except OSError as error:
+                check_new(out)
+                raise error
+            _flush_entry(out.parent)
     except BaseException:  # Ctrl-C as well
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -54,16 +55,17 @@ def new_file(out: Path) -> Iterator[Path]:
     """The same for a single file: a temporary path, which becomes `out` when the block ends well."""
     check_new(out)
     _tell_of_leftovers(out)
-    partial = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
+    partial = _partial(out)
     try:
-        yield partial
-        _flush_entry(partial)
-        try:
-            os.link(partial, out)  # unlike a rename, never replaces a file
-        except FileExistsError:
-            check_new(out)
-            raise
-        _flush_entry(out.parent)
+        with _naming(out):
+            yield partial
+            _flush_entry(partial)
+            try:
+                os.link(partial, out)  # unlike a rename, never replaces a file
+            except FileExistsError:
+                check_new(out)
+                raise
+            _flush_entry(out.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -78,8 +80,29 @@ def flushing(paths: Iterable[Path]) -> Iterator[None]:
         file.result()  # raises what the disk had to say
 
 
+def _stem(out: Path) -> str:
+    """The start of the temporary name, short enough for the rest of it: names have 255 bytes at most."""
+    return "." + os.fsdecode(os.fsencode(out.name)[:200])
+
+
+def _partial(out: Path) -> Path:
+    return out.parent / f"{_stem(out)}.{secrets.token_hex(4)}.partial"
+
+
+@contextlib.contextmanager
+def _naming(out: Path) -> Iterator[None]:
+    """Add `out` to what the system says of a full disk or a folder that is read-only."""
+    try:
+        yield
+    except OSError as error:
+        ours = error.filename is None or ".partial" in str(error.filename)
+        if error.errno is None or not ours:
+            raise
+        raise OSError(error.errno, error.strerror, str(out)) from error
+
+
 def _tell_of_leftovers(out: Path) -> None:
-    for path in out.parent.glob(f".{glob.escape(out.name)}.*.partial"):
+    for path in out.parent.glob(f"{glob.escape(_stem(out))}.*.partial"):
         warnings.warn(
             f"{path} is left from a conversion that was killed, unless one is running; remove it to free its space",
             ConversionWarning,

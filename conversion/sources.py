@@ -7,7 +7,8 @@ from pathlib import Path
 
 from .errors import ConversionError
 from .key_map import check_dropped, format_of, split_plan
-from .tensors import PickleFiles, Renamed, SafetensorsFiles, Tensors
+from .pickles import read_pickles
+from .tensors import Renamed, SafetensorsFiles, Tensors
 
 MODEL_TYPES = {"sam": "transformers", "sam_split": "split"}
 
@@ -152,7 +153,7 @@ def _open_folder(folder: Path, source: str) -> Checkpoint:
 
 
 def _open_file(path: Path, source: str) -> Checkpoint:
-    tensors = SafetensorsFiles([path]) if path.suffix == ".safetensors" else PickleFiles([path])
+    tensors = SafetensorsFiles([path]) if path.suffix == ".safetensors" else read_pickles([path])
     format = format_of(tensors, source)
     if format != "meta":
         raise ConversionError(
@@ -165,7 +166,7 @@ def _folder_tensors(folder: Path, source: str) -> Tensors:
     name = next((name for name in WEIGHT_FILES if (folder / name).exists()), None)
     if name is None:
         raise ConversionError(f"{source} holds no weights; expected one of {', '.join(WEIGHT_FILES)}")
-    reader = SafetensorsFiles if "safetensors" in name else PickleFiles
+    reader = SafetensorsFiles if "safetensors" in name else read_pickles
     if not name.endswith(".index.json"):
         return reader([folder / name])
     weight_map = read_json(folder / name).get("weight_map")

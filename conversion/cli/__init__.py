@@ -3,6 +3,8 @@
 Nothing slow is imported before `main` runs, so that Ctrl-C ends in one line from the start.
 """
 
+import contextlib
+import logging
 import signal
 import sys
 import warnings
@@ -46,9 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         0 when all went well, 1 when a check failed, 2 for bad input, 130 after Ctrl-C.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", ConversionWarning)
-        warnings.showwarning = _show_warning
+    with _libraries_silent():
         try:
             return _run(argv)
         except CheckFailed as error:
@@ -75,7 +75,20 @@ def _fail(error, code: int) -> int:
     return code
 
 
+@contextlib.contextmanager
+def _libraries_silent():
+    """No warning but ours: what libraries tell those who call them, the user of the command line cannot change."""
+    level = logging.root.manager.disable
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", ConversionWarning)
+        warnings.showwarning = _show_warning
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(level)
+
+
 def _show_warning(message, category, filename, lineno, file=None, line=None):
-    """Ours only: what libraries tell those who call them, the user of the command line cannot change."""
     if issubclass(category, ConversionWarning):
         print(f"sam-split: {message}", file=sys.stderr)

@@ -1,0 +1,84 @@
+"""Reading what torch.save wrote, without running anything in it."""
+
+import pickle
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from .errors import ConversionError
+from .tensors import DTYPES, InMemory
+
+
+def read_pickles(paths: Iterable[Path]) -> InMemory:
+    """All tensors of some files; those in torch's zip format are mapped, and read when they are used.
+
+    Raises:
+        ConversionError: if a file is damaged, holds code, or holds anything but one state dict.
+    """
+    state: dict[str, torch.Tensor] = {}
+    for path in paths:
+        for name, tensor in _state_dict(_load(path), path).items():
+            if name in state:
+                raise ConversionError(f"{name!r} is in {path.name} and in another file as well")
+            state[name] = tensor
+    return InMemory(_with_own_storage(state))
+
+
+def _load(path: Path):
+    with path.open("rb") as file:
+        is_zip = file.read(4) == b"PK\x03\x04"  # files from before torch 1.6 cannot be mapped
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as error:
+        raise ConversionError(
+            f"{path} holds more than tensors, or is damaged: {_gist(error)}. Its code was not run; if you trust the "
+            "file, load it yourself and save its state_dict()"
+        ) from error
+    except OSError:
+        raise
+    except Exception as error:  # damaged pickles and zip files raise whatever their reader trips over
+        raise ConversionError(f"{path} is not a whole file of torch.save ({_gist(error)}); fetch it again") from error
+
+
+def _gist(error: Exception) -> str:
+    """The first line of a message, without torch's advice to load the file unsafely."""
+    line = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return line.split("Weights only load failed. ")[-1].split(" In PyTorch 2.6")[0][:160]
+
+
+def _state_dict(loaded, path: Path) -> dict[str, torch.Tensor]:
+    """The state dict inside what trainers save: under "model" or "state_dict", with "module." before its keys."""
+    while isinstance(loaded, Mapping) and (wrapped := [w for w in ("model", "state_dict") if w in loaded]):
+        loaded = loaded[wrapped[0]]
+    if not isinstance(loaded, Mapping) or not loaded:
+        raise ConversionError(
+            f"{path} holds a {type(loaded).__name__}, expected a state dict: names and their tensors"
+        )
+    for name, tensor in loaded.items():
+        _check_entry(name, tensor, path)
+    if all(name.startswith("module.") for name in loaded):
+        loaded = {name.removeprefix("module."): tensor for name, tensor in loaded.items()}
+    return {name: tensor.detach() for name, tensor in loaded.items()}
+
+
+def _check_entry(name, tensor, path: Path) -> None:
+    if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+        raise ConversionError(f"{path}: {name!r} is a {type(tensor).__name__}, expected a state dict of tensors")
+    if tensor.layout != torch.strided or tensor.dtype not in DTYPES.values() or tensor.device.type != "cpu":
+        raise ConversionError(
+            f"{path}: {name!r} is {tensor.dtype}, {tensor.layout}, on {tensor.device.type}; expected dense weights in "
+            f"one of {', '.join(DTYPES)}"
+        )
+    if tensor.nbytes > tensor.untyped_storage().nbytes():
+        raise ConversionError(f"{path}: {name!r} of shape {tuple(tensor.shape)} is larger than what is stored for it")
+
+
+def _with_own_storage(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors that share their memory get their own: safetensors would refuse to write them."""
+    users = Counter(tensor.untyped_storage().data_ptr() for tensor in state.values())
+    return {
+        name: tensor if users[tensor.untyped_storage().data_ptr()] == 1 else tensor.clone()
+        for name, tensor in state.items()
+    }
