@@ -1,15 +1,20 @@
-"""Folders to publish, a Hub to publish to, and one client process that serves all tests."""
+"""Folders to publish, a Hub to publish to, and one client process that serves all tests.
+
+Pytest imports this file before tests/conftest.py has set what huggingface_hub reads at import: what imports that is
+imported inside the fixtures.
+"""
 
 import shutil
 
 import pytest
 from hub_client import Client
-from hub_folders import save_adapter, save_split_model
 from hub_server import TOKEN, HubServer
 
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory):
+    from hub_folders import save_adapter, save_split_model
+
     root = tmp_path_factory.mktemp("saved")
     save_adapter(save_split_model(root / "model"), root / "adapter", modules_to_save=["iou_prediction_head"])
     return root
