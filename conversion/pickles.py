@@ -9,6 +9,7 @@ import torch
 
 from .errors import ConversionError
 from .tensors import DTYPES, InMemory
+from .trainers import nested_state_dict
 
 
 def read_pickles(paths: Iterable[Path]) -> InMemory:
@@ -23,7 +24,7 @@ def read_pickles(paths: Iterable[Path]) -> InMemory:
             if name in state:
                 raise ConversionError(f"{name!r} is in {path.name} and in another file as well")
             state[name] = tensor
-    return InMemory(_with_own_storage(state))
+    return InMemory(state)
 
 
 def _load(path: Path):
@@ -49,36 +50,44 @@ def _gist(error: Exception) -> str:
 
 
 def _state_dict(loaded, path: Path) -> dict[str, torch.Tensor]:
-    """The state dict inside what trainers save: under "model" or "state_dict", with "module." before its keys."""
-    while isinstance(loaded, Mapping) and (wrapped := [w for w in ("model", "state_dict") if w in loaded]):
-        loaded = loaded[wrapped[0]]
+    loaded = nested_state_dict(loaded, path)
     if not isinstance(loaded, Mapping) or not loaded:
         raise ConversionError(
             f"{path} holds a {type(loaded).__name__}, expected a state dict: names and their tensors"
         )
     for name, tensor in loaded.items():
-        _check_entry(name, tensor, path)
-    if all(name.startswith("module.") for name in loaded):
-        loaded = {name.removeprefix("module."): tensor for name, tensor in loaded.items()}
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise ConversionError(f"{path}: {name!r} is a {type(tensor).__name__}, expected a state dict of tensors")
     return {name: tensor.detach() for name, tensor in loaded.items()}
 
 
-def _check_entry(name, tensor, path: Path) -> None:
-    if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-        raise ConversionError(f"{path}: {name!r} is a {type(tensor).__name__}, expected a state dict of tensors")
-    if tensor.layout != torch.strided or tensor.dtype not in DTYPES.values() or tensor.device.type != "cpu":
-        raise ConversionError(
-            f"{path}: {name!r} is {tensor.dtype}, {tensor.layout}, on {tensor.device.type}; expected dense weights in "
-            f"one of {', '.join(DTYPES)}"
-        )
-    if tensor.nbytes > tensor.untyped_storage().nbytes():
-        raise ConversionError(f"{path}: {name!r} of shape {tuple(tensor.shape)} is larger than what is stored for it")
+def check_dense(tensors: Mapping[str, torch.Tensor], source) -> None:
+    """Raise unless each tensor is of floating-point numbers, and all of them are in the file."""
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.dtype not in DTYPES.values() or tensor.device.type != "cpu":
+            raise ConversionError(
+                f"{source}: {name!r} is {tensor.dtype}, {tensor.layout}, on {tensor.device.type}; expected dense "
+                f"weights in one of {', '.join(DTYPES)}"
+            )
+        if tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise ConversionError(
+                f"{source}: {name!r} of shape {tuple(tensor.shape)} is larger than what is stored for it"
+            )
 
 
-def _with_own_storage(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def with_own_storage(state: Mapping[str, torch.Tensor]) -> InMemory:
     """Tensors that share their memory get their own: safetensors would refuse to write them."""
     users = Counter(tensor.untyped_storage().data_ptr() for tensor in state.values())
-    return {
-        name: tensor if users[tensor.untyped_storage().data_ptr()] == 1 else tensor.clone()
-        for name, tensor in state.items()
-    }
+    return InMemory(
+        {
+            name: tensor if users[tensor.untyped_storage().data_ptr()] == 1 else tensor.clone()
+            for name, tensor in state.items()
+        }
+    )
+
+
+def read_weights(path: Path) -> InMemory:
+    """All tensors of one file, each checked and in memory of its own."""
+    state = read_pickles([path])
+    check_dense(state, path)
+    return with_own_storage(state)

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import ConversionError
-from .key_map import check_dropped, format_of, split_plan
-from .pickles import read_pickles
-from .tensors import Renamed, SafetensorsFiles, Tensors
+from .key_map import Origin, check_dropped, format_of, split_plan
+from .pickles import check_dense, read_pickles, with_own_storage
+from .tensors import InMemory, Renamed, SafetensorsFiles, Tensors
+from .trainers import bare_names, without_pixel_buffers
 
 MODEL_TYPES = {"sam": "transformers", "sam_split": "split"}
 
@@ -143,7 +144,7 @@ def _open_folder(folder: Path, source: str) -> Checkpoint:
             else f"model_type {given!r}"
         )
         raise ConversionError(f"{source} is {name}, expected a Segment Anything model ('sam' or 'sam_split')")
-    tensors = _folder_tensors(folder, source)
+    tensors = _bare(_folder_tensors(folder, source), source)
     found = format_of(tensors, source)
     if found != format:
         raise ConversionError(
@@ -153,13 +154,25 @@ def _open_folder(folder: Path, source: str) -> Checkpoint:
 
 
 def _open_file(path: Path, source: str) -> Checkpoint:
-    tensors = SafetensorsFiles([path]) if path.suffix == ".safetensors" else read_pickles([path])
+    tensors = _bare(SafetensorsFiles([path]) if path.suffix == ".safetensors" else read_pickles([path]), source)
     format = format_of(tensors, source)
     if format != "meta":
         raise ConversionError(
             f"{source} has the keys of the format {format!r}; name its folder instead, config.json is needed too"
         )
     return Checkpoint(source, format, tensors)
+
+
+def _bare(tensors: Tensors, source: str) -> Tensors:
+    """The model's own tensors, without what its trainer has put around them."""
+    names = without_pixel_buffers(bare_names(tensors, source), tensors, source)
+    if isinstance(tensors, InMemory):
+        state = {name: tensors[key] for name, key in names.items()}
+        check_dense(state, source)
+        return with_own_storage(state)
+    if all(name == key for name, key in names.items()) and len(names) == len(tensors):
+        return tensors
+    return Renamed(tensors, {name: Origin((key,)) for name, key in names.items()})
 
 
 def _folder_tensors(folder: Path, source: str) -> Tensors:

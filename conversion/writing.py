@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from .atomic import flushing
 from .errors import ConversionError, ConversionWarning
 from .folder import write_json
-from .pickles import read_pickles
+from .pickles import read_weights
 from .tensors import SafetensorsFiles, Tensors, same_bits
 
 MAX_SHARD_BYTES = 5 * 10**9  # transformers' default
@@ -83,7 +83,7 @@ def write_pth(path: Path, tensors: Tensors, advance: Callable[[int], None] = ign
         raise error.__context__ or error from None
     del state
     with flushing([path]):
-        check_written(read_pickles([path]), tensors, advance)
+        check_written(read_weights(path), tensors, advance)
 
 
 def check_written(written: Tensors, tensors: Tensors, advance: Callable[[int], None] = ignore) -> None:

@@ -23,7 +23,7 @@ from ..checkpoints import describe
 from ..errors import ConversionError
 from ..folder import write_json
 from ..key_map import KEY_MAP, plan
-from ..pickles import read_pickles
+from ..pickles import read_weights
 from ..sources import fetch, open_checkpoint, read_json
 from ..tensors import InMemory, Renamed, SafetensorsFiles, Tensors
 from ..writing import check_written, write_safetensors
@@ -143,7 +143,7 @@ def read_adapter(adapter) -> Adapter:
     if (folder / "adapter_model.safetensors").is_file():
         tensors = SafetensorsFiles([folder / "adapter_model.safetensors"])
     elif (folder / "adapter_model.bin").is_file():
-        tensors = read_pickles([folder / "adapter_model.bin"])
+        tensors = read_weights(folder / "adapter_model.bin")
     else:
         raise ConversionError(f"{adapter} holds no adapter_model.safetensors")
     return _parse(config, tensors)
@@ -386,7 +386,7 @@ def _cut(name: str, lora: Lora) -> dict[str, Lora]:
 def _imported(source: Path, base) -> Adapter:
     if not source.is_file():
         raise ConversionError(f"{source} does not exist; expected a .pth or .safetensors file of SAMed or Sam_LoRA")
-    tensors = SafetensorsFiles([source]) if source.suffix == ".safetensors" else read_pickles([source])
+    tensors = SafetensorsFiles([source]) if source.suffix == ".safetensors" else read_weights(source)
     factors = {side: sorted(name for name in tensors if re.fullmatch(rf"w_{side}_\d{{3}}", name)) for side in "ab"}
     others = [name for name in tensors if name not in {*factors["a"], *factors["b"]}]
     weights = describe(open_checkpoint(base))[1]
