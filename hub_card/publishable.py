@@ -206,29 +206,8 @@ def _published_config(folder: Path) -> dict:
     return {**config, "auto_map": AUTO_MAP}
 
 
-def adapter_base(folder: str | Path, given: Base | None = None) -> Base | None:
-    """What the adapter in `folder` belongs to: `given`, or else what its config names. None if it holds no adapter.
-
-    Raises:
-        PushRefused: if that is a path on this machine.
-    """
-    if not (Path(folder) / "adapter_config.json").is_file():
-        return None
-    config = read_json(Path(folder) / "adapter_config.json")
-    named = config.get("base_model_name_or_path")
-    if given is not None:
-        return Base(given.repo_id, given.revision or (config.get("revision") if given.repo_id == named else None))
-    base = hub_id(named)
-    if base is None:
-        raise PushRefused(
-            f"adapter_config.json in {folder} names the base {named!r}, which nobody else can load; "
-            "push the base first, then name it with --base-model NAME/REPOSITORY"
-        )
-    return Base(base, config.get("revision"))
-
-
 def _published_adapter_config(folder: Path, given: Base | None) -> dict:
-    base, config = adapter_base(folder, given), read_json(folder / "adapter_config.json")
+    base, config = read_base(folder, given), read_json(folder / "adapter_config.json")
     # auto_mapping holds the name and hash of a local module, true on this machine only.
     return {**config, "base_model_name_or_path": base.repo_id, "revision": base.revision, "auto_mapping": None}
 

@@ -19,8 +19,9 @@ from huggingface_hub import HfApi, constants, get_token
 
 from .errors import PushFailed, PushRefused
 from .hub import Branch, Published, redact
-from .publishable import Staged, adapter_base, check_repo_id, stage
-from .sections import Base
+from .publishable import Staged, check_repo_id, stage
+from .sections import Base, read_base
+from .weight_files import is_adapter
 
 DESCRIPTION = """\
 Publish FOLDER (a split model, or a LoRA adapter) as NAME/REPOSITORY, in one commit or not at all.
@@ -100,7 +101,7 @@ def run(args) -> int:
 def _publish(folder, repo_id, **options) -> int:
     try:
         push(folder, repo_id, **options)
-    except (PushRefused, PushFailed) as error:
+    except (ValueError, PushFailed) as error:
         failed = isinstance(error, PushFailed)
         bar = "\n" * failed  # huggingface_hub leaves the line of its progress bar open
         print(f"{bar}sam-split: error: {redact(str(error))}", file=sys.stderr)
@@ -150,9 +151,8 @@ def push(
     with tempfile.TemporaryDirectory(prefix="sam-split-push-") as scratch:
         staged_folder = Path(scratch, "staged")
         staged_folder.mkdir()
-        named = adapter_base(folder, base)
-        if named:
-            base = _pinned(api, named)
+        if is_adapter(folder):
+            base = _pinned(api, read_base(folder, base))
         staged = stage(folder, staged_folder, repo_id, allow_modified_code=allow_modified_code, base=base)
         _print_table(staged, target)
         print("Loading the staged files in a fresh process, without this package ...", flush=True)

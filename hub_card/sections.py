@@ -270,20 +270,22 @@ def _package() -> str:
 # What both sections read
 
 
-def read_base(folder: str | Path) -> Base:
-    """What the `adapter_config.json` of `folder` names as its base.
+def read_base(folder: str | Path, given: Base | None = None) -> Base:
+    """What the adapter in `folder` belongs to: `given`, or else what its config names.
 
     Raises:
         ValueError: if that is not a Hub id.
     """
     config = read_json(Path(folder) / "adapter_config.json")
-    named = config.get("base_model_name_or_path")
-    base = hub_id(named)
-    if base is None:
+    named, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if given is not None:
+        return Base(given.repo_id, given.revision or (revision if given.repo_id == named else None))
+    if hub_id(named) is None:
         raise ValueError(
-            f"{folder}: adapter_config.json names the base {named!r}, expected a Hub id; nobody else could load it"
+            f"adapter_config.json in {folder} names the base {named!r}, expected a Hub id: nobody else could load it; "
+            "push the base first, then name it with --base-model NAME/REPOSITORY"
         )
-    return Base(base, config.get("revision"))
+    return Base(named, revision)
 
 
 def hub_id(source) -> str | None:

@@ -11,6 +11,7 @@ import torch
 from hub_folders import edit_json, shard
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
+from transformers import Trainer, TrainingArguments
 
 import hub_card.card
 from conversion.adapters.merge import merge
@@ -215,7 +216,8 @@ def halve(folder):
 
 def train(folder):
     scale(folder)
-    (folder / "training_args.bin").write_bytes(b"")  # Trainer writes it beside the weights
+    arguments = TrainingArguments(str(folder.parent / "run"), use_cpu=True, report_to=[])
+    Trainer(SamSplitModel.from_pretrained(folder), arguments).save_model(str(folder))
 
 
 def peft_merge(folder):

@@ -146,6 +146,14 @@ def test_bad_input_is_one_line_and_exit_code_2(hub, push, folder, arguments):
     assert not hub.requests
 
 
+def test_an_adapter_whose_config_is_broken(hub, push, adapter):
+    (adapter / "adapter_config.json").write_text("{")
+    outcome = push(adapter, "alice/lora")
+    assert outcome.code == 2
+    assert "adapter_config.json is not JSON" in outcome.err
+    assert not hub.requests
+
+
 @pytest.mark.slow
 def test_no_token(hub, folder, tmp_path):
     with Client(hub, tmp_path, HF_TOKEN="") as client:
