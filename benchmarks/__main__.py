@@ -31,7 +31,7 @@ examples:
   python -m benchmarks --only encoder        the image encoder only
   python -m benchmarks --peers ours,stock_sdpa --only 'encoder-b1|decoder-64' --rounds 2
   python -m benchmarks --dtype bfloat16 --rounds 1
-  python -m benchmarks --device cuda         float32 and bfloat16, batch 1 and 8, SDPA's kernels named
+  python -m benchmarks --device cuda         float32 and bfloat16, batch 1 and 8, all paddings, kernels named
   python -m benchmarks --device cuda --compile --only 'encoder|lora'
   python -m benchmarks --model vit_h --only encoder
   python -m benchmarks --quick               a tiny model, to see that all of this works; its figures mean nothing
@@ -111,7 +111,8 @@ def numbers(text: str) -> list[int]:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
-    chosen = cases(arguments.model, arguments.dtype, arguments.batch, arguments.compile)
+    on_gpu = arguments.device == "cuda"
+    chosen = cases(arguments.model, arguments.dtype, arguments.batch, arguments.compile, paddings=on_gpu)
     chosen = [case for case in chosen if arguments.only.search(case.name)]
     if arguments.peers:
         kept = [(case, tuple(p for p in case.peers if p in {*arguments.peers, REFERENCE})) for case in chosen]

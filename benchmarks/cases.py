@@ -35,6 +35,9 @@ TITLES = {
     "ours": "**SamSplit**",
     "ours_checkpointed": "**SamSplit, checkpointed**",
     "ours_compiled": "**SamSplit, torch.compile**",
+    "ours_narrow": "SamSplit, values not widened",
+    "ours_equal": "SamSplit, values as wide as keys (Flash)",
+    "ours_cudnn": "SamSplit, keys of 192, values of 128 (cuDNN)",
     "stock_sdpa": "transformers, sdpa",
     "stock_sdpa_checkpointed": "transformers, sdpa, checkpointed",
     "stock_sdpa_compiled": "transformers, sdpa, torch.compile",
@@ -78,17 +81,26 @@ class Case:
     memory_only: bool = False
 
 
-def cases(models: list[str], dtypes: list[str], batches: list[int], compiled: bool = False) -> list[Case]:
-    """All cases, the shortest first, so that a stopped run has the most to show."""
+def cases(
+    models: list[str], dtypes: list[str], batches: list[int], compiled: bool = False, paddings: bool = False
+) -> list[Case]:
+    """All cases, the shortest first, so that a stopped run has the most to show.
+
+    Args:
+        compiled: with the peers under torch.compile.
+        paddings: with a peer for each way to widen keys and values for CUDA's kernels.
+    """
+    extra = ("ours_compiled", "stock_sdpa_compiled") * compiled
+    extra += ("ours_narrow", "ours_equal", "ours_cudnn") * paddings
     found = []
     for model in models:
         for dtype in dtypes:
             for batch in batches:
-                found += _cases(model, dtype, batch, first=batch == batches[0], compiled=compiled)
+                found += _cases(model, dtype, batch, first=batch == batches[0], extra=extra)
     return found
 
 
-def _cases(model: str, dtype: str, batch: int, first: bool, compiled: bool) -> list[Case]:
+def _cases(model: str, dtype: str, batch: int, first: bool, extra: tuple[str, ...]) -> list[Case]:
     everyone = ("ours", "stock_sdpa", "stock_eager", "meta")
     label = f"{model} {dtype}"
     title = f"{model.replace('vit_', 'ViT-').replace('b', 'B').replace('l', 'L').replace('h', 'H')}, {dtype}"
@@ -115,7 +127,6 @@ def _cases(model: str, dtype: str, batch: int, first: bool, compiled: bool) -> l
             )
             for prompts in (1, 64, 256)
         ]
-    extra = ("ours_compiled", "stock_sdpa_compiled") * compiled
     found += [
         Case(
             f"encoder-b{batch} {label}",

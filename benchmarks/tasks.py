@@ -10,6 +10,18 @@ from torch import nn
 from .cases import MODELS
 
 
+def _multiple_of_8(width: int) -> int:
+    return width + -width % 8
+
+
+# Channels of keys and of values in CUDA's kernels, where a peer does not leave them to `kernel_widths`.
+PADDINGS = {
+    "ours_narrow": lambda width, head_dim: (_multiple_of_8(width), _multiple_of_8(head_dim)),
+    "ours_equal": lambda width, head_dim: (_multiple_of_8(width),) * 2,
+    "ours_cudnn": lambda width, head_dim: (192, 128) if 128 < width <= 192 else (_multiple_of_8(width),) * 2,
+}
+
+
 def stock_config(case: dict):
     """Transformers' config of a case, with the layer norms of the mask decoder as in Meta's model."""
     from transformers import SamConfig
@@ -109,8 +121,10 @@ def build(peer: str, case: dict) -> nn.Module:
         implementation = "eager" if "eager" in peer else "sdpa"
         return filled(lambda: SamModel._from_config(config, attn_implementation=implementation), weights)
     if peer.startswith("ours"):
-        from sam_split import SamSplitConfig, SamSplitModel
+        from sam_split import SamSplitConfig, SamSplitModel, attention_sam_split
 
+        if peer in PADDINGS:  # in a process of its own
+            attention_sam_split.kernel_widths = lambda width, head_dim, *_: PADDINGS[peer](width, head_dim)
         fields = config.to_dict()
         del fields["model_type"]
         return filled(lambda: SamSplitModel(SamSplitConfig(**fields)), split_state_dict(weights))

@@ -14,8 +14,8 @@ from benchmarks import __main__ as command
 from benchmarks import meters, report, rounds
 from benchmarks.cases import MODELS, REFERENCE, TARGETS, TITLES, Case, Target, cases
 from benchmarks.results import Results, Run
-from benchmarks.tasks import Tasks
-from sam_split import CODE_FILES
+from benchmarks.tasks import PADDINGS, Tasks
+from sam_split import CODE_FILES, attention_sam_split
 
 ROOT = Path(__file__).parents[2]
 ENCODER = next(case for case in cases(["vit_b"], ["float32"], [1]) if case.name.startswith("encoder-b1"))
@@ -75,7 +75,28 @@ def test_loading_and_converting(case, peer, tmp_path):
     assert list(tmp_path.rglob("*.safetensors"))
 
 
-def test_bands_are_counted():
+@pytest.mark.parametrize("peer", PADDINGS)
+def test_paddings_compute_the_same(peer, tmp_path, monkeypatch):
+    """In the fused call, which a CPU takes when it is asked for it."""
+    monkeypatch.setattr(attention_sam_split, "attention_path", lambda *_: "folded")
+    shapes, fused = [], torch.nn.functional.scaled_dot_product_attention
+
+    def seen(query, key, value, **options):
+        shapes.append((key.shape[-1], value.shape[-1]))
+        return fused(query, key, value, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", seen)
+    chosen = Tasks(asdict(TINY["encoder-b1"]), "ours", "cpu", tmp_path).call()
+    assert set(shapes) == {(32, 32), (48, 48)}, "7 rows and columns in windows, 16 elsewhere, 16 channels"
+    shapes.clear()
+    monkeypatch.setattr(attention_sam_split, "kernel_widths", attention_sam_split.kernel_widths)  # to be put back
+    other = Tasks(asdict(TINY["encoder-b1"]), peer, "cpu", tmp_path).call()
+    assert set(shapes) == ({(32, 16), (48, 16)} if peer == "ours_narrow" else {(32, 32), (48, 48)})
+    assert PADDINGS[peer](192, 64) == {"narrow": (192, 64), "equal": (192, 192), "cudnn": (192, 128)}[peer[5:]]
+    torch.testing.assert_close(other, chosen, rtol=0, atol=1e-5 * chosen.abs().max().item())
+
+
+def test_products_in_place_are_counted():
     """In-place products are arithmetic too: torch's counter leaves them out."""
     x = torch.zeros(2, 3, 4)
     assert meters.flops(lambda: torch.zeros(2, 3, 3).baddbmm_(x, x.mT)) == 2 * 2 * 3 * 4 * 3
@@ -114,7 +135,8 @@ def test_every_case_of_the_plan():
     for part in ("encoder-b1", "encoder-b8", "lora-b1", "lora-b8", "decoder-1", "decoder-64", "decoder-256"):
         assert {f"{part} vit_b float32", f"{part} vit_b bfloat16"} <= set(names)
     assert {"load vit_b float32", "convert vit_b float32", "encoder-512 vit_b float32"} <= set(names)
-    peers = {peer for case in cases(["vit_b"], ["float32"], [1], compiled=True) for peer in case.peers}
+    planned = cases(["vit_b"], ["float32"], [1], compiled=True, paddings=True)
+    peers = {peer for case in planned for peer in case.peers}
     assert peers == TITLES.keys()
     for target in TARGETS:
         assert any(re.fullmatch(target.case, name.split()[0]) for name in names), target
