@@ -12,6 +12,33 @@ from pathlib import Path
 
 from .errors import ConversionError, ConversionWarning
 
+FILE_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
+
+
+def check_out(out, *sources, is_file: bool = False) -> Path:
+    """The absolute path of what is to be made, or raise.
+
+    Args:
+        out: its parent must be a folder, and it must not exist.
+        sources: what it is made from; where one is a folder, `out` may not be inside it.
+        is_file: whether a file is to be made, else a folder.
+    """
+    if not str(out):
+        raise ConversionError("OUT is empty; name what to make")
+    out = Path(out).absolute()
+    if len(os.fsencode(out.name)) > 255:
+        raise ConversionError(f"{out.name} is too long for a name: {len(os.fsencode(out.name))} bytes, 255 at most")
+    check_new(out)
+    if not is_file and out.suffix in FILE_SUFFIXES:
+        raise ConversionError(
+            f"{out} would be a folder, and is named like a file; name a folder, or add --format meta"
+        )
+    for source in filter(None, sources):
+        folder = Path(source).expanduser()
+        if folder.is_dir() and out.parent.resolve().is_relative_to(folder.resolve()):
+            raise ConversionError(f"{out} is inside {source}, which it is made from; name a place outside it")
+    return out
+
 
 def check_new(out: Path) -> None:
     """Raise unless `out` can be made: it must not exist, and its parent must be a folder."""

@@ -3,7 +3,7 @@
 import contextlib
 from pathlib import Path
 
-from .atomic import check_new, new_file, new_folder
+from .atomic import check_out, new_file, new_folder
 from .config_from_shapes import check_meta_can_hold, check_shapes, check_stock_can_hold, config_from_shapes
 from .errors import ConversionError
 from .folder import config_fields, split_config, write_code_and_card, write_json, write_processor
@@ -29,8 +29,7 @@ def convert(source, out, *, revision: str | None = None, image_size=None, progre
     Raises:
         ConversionError: if `source` is no SAM checkpoint, or damaged, or `out` exists.
     """
-    out = Path(out).absolute()
-    check_new(out)
+    out = check_out(out, source)
     checkpoint = open_checkpoint(source, revision=revision)
     if checkpoint.format == "split":
         raise ConversionError(f"{source} is split already; load it as it is, or turn it back with `sam-split fuse`")
@@ -54,8 +53,9 @@ def fuse(source, out, *, format: str = "transformers", progress: bool = True) ->
     Raises:
         ConversionError: if `source` is no SamSplit model, or the format cannot hold it, or `out` exists.
     """
-    out = Path(out).absolute()
-    check_new(out)
+    if format not in FORMATS[1:]:
+        raise ConversionError(f"format must be one of {', '.join(FORMATS[1:])}, got {format!r}")
+    out = check_out(out, source, is_file=format == "meta")
     checkpoint = open_checkpoint(source)
     if checkpoint.format != "split":
         raise ConversionError(f"{source} is fused already, in the format {checkpoint.format!r}; use it as it is")

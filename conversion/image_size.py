@@ -5,6 +5,7 @@ global layers are resampled linearly, as Meta's and stock's attention do by them
 another grid. Windows keep their size, so windowed layers keep their tables.
 """
 
+import re
 import warnings
 
 import torch
@@ -15,13 +16,15 @@ from .folder import SAM_PROCESSOR, sized_processor, split_config
 from .sources import Checkpoint
 from .tensors import Spec, Tensors
 
+MAX_SIDE = 2**13  # pixels; its grid of tokens is already too large for attention in one machine
+
 
 def parse_image_size(text: str) -> int | tuple[int, int]:
     """An image size in pixels: "1024", or "768x1024" with the height first."""
-    sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
+    if not re.fullmatch(r"[0-9]{1,9}(x[0-9]{1,9})?", text.lower()):
         raise ConversionError(f"--image-size {text!r}: expected pixels as N or HEIGHTxWIDTH, such as 512 or 768x1024")
-    return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
+    sides = [int(side) for side in text.lower().split("x")]
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
 
 
 def resize(checkpoint: Checkpoint, config, tensors: Tensors, image_size: int | tuple[int, int]):
@@ -32,8 +35,14 @@ def resize(checkpoint: Checkpoint, config, tensors: Tensors, image_size: int | t
     """
     vision = config.vision_config
     sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if any(side < 1 or side % vision.patch_size for side in sides):
-        raise ConversionError(f"--image-size {image_size} must be a multiple of the patch, {vision.patch_size} pixels")
+    given, patch = "x".join(map(str, dict.fromkeys(sides))), vision.patch_size
+    if not all(0 < side <= MAX_SIDE for side in sides):
+        raise ConversionError(f"--image-size {given}: expected {patch} to {MAX_SIDE} pixels a side")
+    if any(side % patch for side in sides):
+        near = "x".join(str(max(1, round(side / patch)) * patch) for side in dict.fromkeys(sides))
+        raise ConversionError(
+            f"--image-size {given} is not a multiple of the patch, {patch} pixels; the nearest is {near}"
+        )
     fields = {part: getattr(config, part).to_dict() for part in config.sub_configs}
     for part in ("vision_config", "prompt_encoder_config"):
         fields[part]["image_size"] = image_size

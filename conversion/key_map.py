@@ -204,8 +204,11 @@ def plan(keys: Iterable[str], key_map: Mapping, *, inverse: bool = False) -> dic
                 origins[target] = Origin(names[: len(sources)], block, len(targets))
     unknown = sorted(keys - known)
     if unknown:
-        also = f"; so do {len(unknown) - 1} more" if len(unknown) > 1 else ""
-        raise UnknownKeyError(f"{unknown[0]!r} matches 0 rows of the key map, expected exactly 1{also}")
+        also = f", nor are {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        raise UnknownKeyError(
+            f"{unknown[0]!r} is no tensor of a Segment Anything model{also}; take out what was added to the model, or "
+            "correct the name"
+        )
     if missing:
         also = f", nor do {len(missing) - 1} more" if len(missing) > 1 else ""
         raise MissingKeyError(f"{missing[0]!r} is not in the checkpoint{also}; the file is incomplete or edited")

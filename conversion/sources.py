@@ -71,6 +71,8 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
     Raises:
         ConversionError: if it is none of these, or damaged, or another model.
     """
+    if not str(source):
+        raise ConversionError("a checkpoint's name is empty; name a folder, a .pth file or a Hub id")
     path = Path(source).expanduser()
     if path.is_file():
         _check_no_revision(source, revision)
@@ -93,6 +95,8 @@ def fetch(source: str | Path, revision: str | None, patterns: list[str]) -> Path
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
+    if not str(source):
+        raise ConversionError("an adapter's name is empty; name its folder or its Hub id")
     path = Path(source).expanduser()
     if path.is_dir():
         _check_no_revision(source, revision)

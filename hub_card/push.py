@@ -85,6 +85,8 @@ def run_push_to_hub(args) -> int:
 
 def run(args) -> int:
     """`push` with parsed options; 0 when published or already there, 1 when the Hub failed, 2 for bad input."""
+    if args.base_revision and not args.base_model:
+        raise PushRefused("--base-revision is a commit of the base; give its id with --base-model as well")
     return _publish(
         args.folder,
         args.repo_id,

@@ -6,7 +6,7 @@ import torch
 from peft import PeftConfig, PeftModel, set_peft_model_state_dict
 from peft.utils.save_and_load import load_peft_weights
 
-from ..atomic import check_new
+from ..atomic import check_out
 from ..checkpoints import FORMATS, describe, write_model
 from ..errors import ConversionError
 from ..key_map import split_state_dict
@@ -30,8 +30,7 @@ def merge(base, adapter, out, *, format: str = "split", progress: bool = True) -
     """
     if format not in FORMATS:
         raise ConversionError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
-    out = Path(out).absolute()
-    check_new(out)
+    out = check_out(out, base, adapter, is_file=format == "meta")
     checkpoint = open_checkpoint(base)
     config, tensors = describe(checkpoint)
     folder = fetch(adapter, None, ["adapter_config.json", "adapter_model.*"])

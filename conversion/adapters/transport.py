@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from peft.utils.other import get_pattern_key
 
-from ..atomic import new_folder
+from ..atomic import check_out, new_folder
 from ..checkpoints import describe
 from ..errors import ConversionError
 from ..folder import write_json
@@ -124,7 +124,7 @@ def import_adapter(source, out, *, base) -> None:
     Raises:
         ConversionError: if the file is another one, or does not fit the base.
     """
-    out, source = Path(out).absolute(), Path(source)
+    out, source = check_out(out, base), Path(source)
     with new_folder(out) as folder:
         write_adapter(folder, _imported(source, base), base)
 
@@ -183,7 +183,7 @@ def write_adapter(folder: Path, adapter: Adapter, base) -> None:
 
 
 def _rewrite(adapter, out, base, change) -> None:
-    out = Path(out).absolute()
+    out = check_out(out, adapter, base)
     with new_folder(out) as folder:
         weights = None if base is None else describe(open_checkpoint(base))[1]
         adapter = read_adapter(adapter)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..atomic import new_folder
+from ..atomic import check_out, new_folder
 from ..errors import CheckFailed, ConversionError
 from .parser import add_command
 
@@ -123,9 +123,11 @@ def run(args) -> None:
         ConversionError: if `args.source` is no fused transformers checkpoint, or `args.out` exists.
         CheckFailed: if a difference or a count is not what it should be; `args.out` is there to be looked at.
     """
+    if args.source == "":
+        raise ConversionError("--source is empty; name a Hub id or a transformers folder, or leave it out")
     scene = COFFEE if args.source else COINS
     photograph = scene.photograph()
-    with new_folder(Path(args.out).absolute()) as folder:
+    with new_folder(check_out(args.out, args.source)) as folder:
         failed = _demo(args.source, folder, scene, photograph, args.out)
     _say(f"\nwrote {args.out}: split/ is the converted model, demo.png shows what both models draw")
     if failed:

@@ -197,7 +197,10 @@ def test_fuse_and_split_take_each_others_adapters_only(base, tmp_path, capsys):
     trained(stock_model(), tmp_path / "fused", r=2, target_modules=["qkv"])
     assert_refused(["fuse", tmp_path / "fused", tmp_path / "out"], "has no q, k or v", tmp_path / "out", capsys)
     assert_refused(["split", tmp_path / "split", tmp_path / "out"], "has no qkv", tmp_path / "out", capsys)
-    assert_refused(["split", tmp_path, tmp_path / "out"], "holds no adapter_config.json", tmp_path / "out", capsys)
+    (tmp_path / "empty").mkdir()
+    assert_refused(
+        ["split", tmp_path / "empty", tmp_path / "out"], "holds no adapter_config.json", tmp_path / "out", capsys
+    )
     assert_refused(["split", tmp_path / "fused", tmp_path / "split"], "exists already", tmp_path / "out", capsys)
 
 
@@ -316,7 +319,7 @@ def test_a_file_that_does_not_fit_is_not_imported(name, samed, tmp_path, capsys)
 
 
 def test_import_needs_a_file(tmp_path, capsys):
-    argv = ["import", tmp_path / "no.pth", tmp_path / "out", "--base", tmp_path]
+    argv = ["import", tmp_path / "no.pth", tmp_path / "out", "--base", tmp_path / "base"]
     assert_refused(argv, "no.pth does not exist", tmp_path / "out", capsys)
 
 

@@ -274,8 +274,8 @@ BAD_FOLDERS = {
     ),
     "another_dtype": (edit_state(lambda s: s.update({QKV: s[QKV].to(torch.int8)})), "is I8, expected one of F64, F32"),
     "key_missing": (edit_state(lambda s: s.pop(QKV)), f"'{QKV}' is not in the checkpoint"),
-    "key_extra": (edit_state(lambda s: s.update(extra=torch.zeros(1))), "'extra' matches 0 rows of the key map"),
-    "key_misspelt": (edit_state(misspell), "attn.qvk.weight' matches 0 rows of the key map"),
+    "key_extra": (edit_state(lambda s: s.update(extra=torch.zeros(1))), "'extra' is no tensor of a Segment Anything"),
+    "key_misspelt": (edit_state(misspell), "attn.qvk.weight' is no tensor of a Segment Anything"),
     "key_misshapen": (edit_state(lambda s: s.update({QKV: s[QKV].T.contiguous()})), "must have a multiple of 3 rows"),
     "layer_missing": (
         edit_config(vision_config={"num_hidden_layers": 3}),

@@ -160,9 +160,9 @@ def test_the_processors_own_settings_stay(stock_folder, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("1000", "--image-size 1000 must be a multiple of the patch, 16 pixels"),
-        ("512x1000", "--image-size (512, 1000) must be a multiple of the patch"),
-        ("0", "must be a multiple of the patch"),
+        ("1000", "--image-size 1000 is not a multiple of the patch, 16 pixels; the nearest is 992"),
+        ("512x1000", "--image-size 512x1000 is not a multiple of the patch, 16 pixels; the nearest is 512x992"),
+        ("0", "--image-size 0: expected 16 to 8192 pixels a side"),
         ("big", "expected pixels as N or HEIGHTxWIDTH"),
         ("1x2x3", "expected pixels as N or HEIGHTxWIDTH"),
         ("-512", "expected pixels as N or HEIGHTxWIDTH"),
