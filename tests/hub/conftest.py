@@ -32,7 +32,7 @@ def adapter(saved, tmp_path):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    with HubServer(per_page=3) as hub, Client(hub, tmp_path_factory.mktemp("home"), HF_DEBUG="1") as client:
+    with HubServer() as hub, Client(hub, tmp_path_factory.mktemp("home"), HF_DEBUG="1") as client:
         yield hub, client
         assert TOKEN not in client.transcript
         assert not client.left_behind(TOKEN)

@@ -23,7 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, quote, unquote
+from urllib.parse import parse_qs, unquote
 
 TOKEN = "hf_AliceWritesHere0123456789abcdefghi"
 OTHER_TOKEN = "hf_BobbyReadsHere0123456789abcdefghij"
@@ -67,7 +67,6 @@ class Commit:
 class Repository:
     id: str
     private: bool = False
-    gated: bool = False
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     pull_requests: dict[int, dict] = field(default_factory=dict)
@@ -142,11 +141,9 @@ class HubServer:
     Attributes:
         requests: every request seen, in order of arrival.
         tokens: token -> user name.
-        per_page: entries in one page of a tree listing.
     """
 
-    def __init__(self, *, per_page: int = 1000):
-        self.per_page = per_page
+    def __init__(self):
         self.tokens = {TOKEN: "alice", OTHER_TOKEN: "bob"}
         self.repositories: dict[str, Repository] = {}
         self.objects: dict[str, bytes] = {}  # sha256 -> bytes, whether or not a commit points there
@@ -166,19 +163,19 @@ class HubServer:
             listener.shutdown()
             listener.server_close()
 
-    def environment(self, home: str | Path, token: str | None = TOKEN) -> dict[str, str]:
+    def environment(self, home: str | Path) -> dict[str, str]:
         """What a client's process must be started with; huggingface_hub reads it once, at import."""
         foreign = ("HF_", "HUGGING", "TRANSFORMERS_")
         kept = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
-        kept |= {
+        return kept | {
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(home),
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_UPDATE_CHECK": "1",
             "HF_HUB_DISABLE_XET": "1",
+            "HF_TOKEN": TOKEN,
             "NO_PROXY": "127.0.0.1,127.0.0.2",
         }
-        return kept | ({"HF_TOKEN": token} if token else {})
 
     # Faults: each is for the next `times` requests that match `pattern`, a regex on "METHOD /path"
 
@@ -211,9 +208,9 @@ class HubServer:
 
     # Straight to the store, without a client
 
-    def create(self, repo_id: str, files: dict[str, bytes] | None = None, *, private=False, gated=False) -> Repository:
+    def create(self, repo_id: str, files: dict[str, bytes] | None = None, *, private=False) -> Repository:
         with self.lock:
-            repository = self.repositories[repo_id] = Repository(repo_id, private, gated)
+            repository = self.repositories[repo_id] = Repository(repo_id, private)
             attributes = {".gitattributes": StoredFile(GITATTRIBUTES, lfs=False)}
             repository.branches["main"] = repository.add_commit(None, attributes, "initial commit", "system")
         if files:
@@ -270,7 +267,7 @@ class HubServer:
     def _repository(self, request: Request, repo_id: str, *, write=False) -> Repository:
         repo_id = unquote(repo_id)
         repository, owner = self.repositories.get(repo_id), repo_id.split("/")[0]
-        if repository is None or (repository.private and request.user != owner):
+        if repository is None:
             # huggingface.co leaves the code out for anonymous users; its client knows that case by https alone.
             raise HubError(404 if request.user else 401, "Repository not found", "RepoNotFound")
         if write and self._signed_in(request) != owner and request.query.get("create_pr") != "1":
@@ -282,11 +279,6 @@ class HubServer:
         if oid is None:
             raise HubError(404, f"Invalid rev id: {unquote(revision)}", "RevisionNotFound")
         return repository.commits[oid]
-
-    def whoami(self, request):
-        name = self._signed_in(request)
-        access = {"accessToken": {"displayName": "test", "role": "write"}}
-        return Answer({"type": "user", "name": name, "fullname": name, "orgs": [], "auth": access})
 
     def create_repo(self, request):
         user, wanted = self._signed_in(request), request.json()
@@ -312,7 +304,7 @@ class HubServer:
         repository = self._repository(request, repo_id)
         commit = self._commit_at(repository, revision)
         known = {"id": repository.id, "modelId": repository.id, "author": repository.id.split("/")[0]}
-        known |= {"sha": commit.oid, "private": repository.private, "gated": "manual" if repository.gated else False}
+        known |= {"sha": commit.oid, "private": repository.private, "gated": False}
         known |= {"tags": [], "lastModified": commit.date, "createdAt": commit.date, "downloads": 0, "likes": 0}
         return Answer({**known, "siblings": [{"rfilename": path} for path in sorted(commit.files)]})
 
@@ -330,12 +322,7 @@ class HubServer:
                     entries[path]["lfs"] = {"oid": stored.sha256, "size": len(stored.data), "pointerSize": 130}
         if prefix and not entries:
             raise HubError(404, f"{folder} does not exist", "EntryNotFound")
-        start, headers = int(request.query.get("cursor", 0)), {}
-        stop = start + self.per_page
-        if stop < len(entries):
-            query = "&".join(f"{key}={quote(value)}" for key, value in request.query.items() if key != "cursor")
-            headers["Link"] = f'<{self.url}{request.path}?{query}&cursor={stop}>; rel="next"'
-        return Answer(list(entries.values())[start:stop], headers=headers)
+        return Answer(list(entries.values()))
 
     def discussions(self, request, repo_id):
         repository = self._repository(request, repo_id)
@@ -423,9 +410,6 @@ class HubServer:
     def resolve_file(self, request, repo_id, revision, path):
         repository = self._repository(request, repo_id)
         commit = self._commit_at(repository, revision)
-        if repository.gated and request.user != repository.id.split("/")[0]:
-            status = 403 if request.user else 401
-            raise HubError(status, f"Access to model {repository.id} is restricted", "GatedRepo")
         stored = commit.files.get(unquote(path))
         if stored is None:
             error = HubError(404, "Entry not found", "EntryNotFound")
@@ -453,7 +437,6 @@ class HubServer:
 
 _ID, _REV, _OID = r"([^/]+/[^/]+)", r"([^/]+)", "([0-9a-f]{64})"
 ROUTES = [
-    ("GET", "/api/whoami-v2", HubServer.whoami),
     ("POST", "/api/repos/create", HubServer.create_repo),
     ("POST", "/api/validate-yaml", HubServer.validate_yaml),
     ("GET", f"/api/models/{_ID}", HubServer.info),

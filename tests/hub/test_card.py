@@ -287,7 +287,7 @@ def test_the_digest_tells_names_dtypes_shapes_and_values_apart(tmp_path):
     digests = []
     ones = torch.ones(4, 2)
     both = {"q": ones, "v": ones.clone()}
-    cases = [{"q": ones}, {"k": ones}, {"q": ones.half()}, {"q": ones.view(2, 4)}, {"q": 2 * ones}, both]
+    cases = [{"q": ones}, {"k": ones}, {"q": ones.view(torch.int32)}, {"q": ones.view(2, 4)}, {"q": 2 * ones}, both]
     for case in cases:
         save_file(case, tmp_path / "model.safetensors")
         digests.append(weights_digest(tmp_path))

@@ -128,12 +128,6 @@ def test_a_repository_of_somebody_else(hub, push, folder, exists):
     assert untouched(hub, "bob/sam")
 
 
-def test_a_gated_repository_of_ones_own_can_be_pushed_to(hub, push, folder):
-    hub.create(REPO, gated=True)
-    assert push(folder, REPO).code == 0
-    assert published(hub, folder)
-
-
 def test_the_repository_appears_between_looking_and_creating(hub, push, folder):
     hub.hook(STEPS["create"], lambda: hub.create(REPO))
     assert push(folder, REPO).code == 0
