@@ -135,13 +135,21 @@ def sized_processor(settings: dict, image_size: int | tuple[int, int], patch_siz
 
 
 def _license() -> str:
-    """Apache-2.0, from the checkout or from the installed distribution."""
-    path = Path(__file__).parent.parent / "LICENSE"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    for file in metadata.files("sam-split") or ():
-        if file.name == "LICENSE":
-            return file.read_text(encoding="utf-8")
+    """Apache-2.0, from the installed distribution, else from the checkout.
+
+    Not from beside the installed packages: a LICENSE there is a stranger's.
+    """
+    try:
+        files = metadata.files("sam-split") or []
+    except metadata.PackageNotFoundError:
+        files = []
+    checkout = Path(__file__).parent.parent
+    candidates = [Path(str(file.locate())) for file in files if file.name == "LICENSE" and ".dist-info" in str(file)]
+    if (checkout / "pyproject.toml").is_file():
+        candidates.append(checkout / "LICENSE")
+    for path in candidates:
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
     raise ConversionError(
         "this installation of sam-split lacks its LICENSE file, which a converted folder must carry; reinstall it"
     )
