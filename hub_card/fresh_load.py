@@ -1,4 +1,4 @@
-"""Load a folder as a stranger would: run as a script, by a fresh interpreter, with the sam_split package out of reach.
+"""Load a folder without the package: a script for a fresh interpreter, in which sam_split cannot be imported.
 
     python fresh_load.py FOLDER [BASE REVISION]
 

@@ -1,4 +1,4 @@
-"""Publish a folder: stage it, load it as a stranger would, then put it on the Hub in one commit.
+"""Publish a folder: stage it, load it without this package, then put it on the Hub in one commit.
 
     sam-split push FOLDER NAME/REPOSITORY
 
@@ -26,9 +26,10 @@ from .weight_files import is_adapter
 DESCRIPTION = """\
 Publish FOLDER (a split model, or a LoRA adapter) as NAME/REPOSITORY, in one commit or not at all.
 
-The files that belong are listed, staged, and loaded in a fresh process before anything is sent. If somebody else
-pushes meanwhile, nothing is overwritten. Running the command again finishes what an error stopped, or finds nothing to
-do. The token is read from HF_TOKEN or from `hf auth login`.
+The files to publish are listed, copied, and loaded in a fresh process before anything is sent. If somebody else pushes
+at the same time, nothing is overwritten. After an error, run the command again: it does what is left. The token is
+read from HF_TOKEN or from `hf auth login`. What README.md says of other weights than those in FOLDER is replaced in
+the published copy.
 """
 
 

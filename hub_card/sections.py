@@ -280,12 +280,13 @@ def read_base(folder: str | Path, given: Base | None = None) -> Base:
     named, revision = config.get("base_model_name_or_path"), config.get("revision")
     if given is not None:
         return Base(given.repo_id, given.revision or (revision if given.repo_id == named else None))
-    if hub_id(named) is None:
+    base = hub_id(named)
+    if base is None:
         raise ValueError(
             f"adapter_config.json in {folder} names the base {named!r}, expected a Hub id: nobody else could load it; "
             "push the base first, then name it with --base-model NAME/REPOSITORY"
         )
-    return Base(named, revision)
+    return Base(base, revision)
 
 
 def hub_id(source) -> str | None:
