@@ -130,3 +130,32 @@ def test_an_adapter_that_does_not_fit_is_refused(bases, tmp_path, capsys):
 def test_an_unknown_format_is_refused(bases, tmp_path):
     with pytest.raises(ConversionError, match="format must be one of split, transformers, meta, got 'onnx'"):
         merge(bases["split"], tmp_path, tmp_path / "out", format="onnx", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda state, key: state.pop(key), "attn.q.lora_A"),
+        (lambda state, key: state.update({key.replace("attn.q", "attn.k"): state[key].clone()}), "attn.k.lora_A"),
+        (lambda state, key: state.update({"base_model.model.nowhere.weight": torch.ones(1)}), "nowhere.weight"),
+    ],
+    ids=["missing", "of a layer that is not adapted", "of a layer that is not there"],
+)
+def test_a_tensor_on_one_side_only_is_named(change, named, bases, tmp_path):
+    trained(ours(bases["split"]), tmp_path / "adapter", r=2, target_modules=["q", "v"])
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    state = load_file(path)
+    change(state, "base_model.model.vision_encoder.layers.1.attn.q.lora_A.weight")
+    save_file(state, path)
+    with pytest.raises(ConversionError, match=f"does not fit the base: .*{named}.* is on one side only"):
+        merge(bases["split"], tmp_path / "adapter", tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_that_were_not_saved_are_missed_on_any_peft(bias, bases, tmp_path):
+    trained(ours(bases["split"]), tmp_path / "adapter", r=2, target_modules=["q", "v"], lora_bias=False)
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "bias": bias}))
+    with pytest.raises(ConversionError, match=f"was trained with bias='{bias}' and holds no bias"):
+        merge(bases["split"], tmp_path / "adapter", tmp_path / "out", progress=False)

@@ -8,8 +8,11 @@ import torch
 from models import stock_model
 from safetensors.torch import load_file, save_file
 
-from conversion import CheckFailed, convert, fuse, verify
+from conversion import CheckFailed, ConversionError, convert, fuse, verification, verify
+from conversion.checkpoints import describe
 from conversion.cli import main
+from conversion.sources import open_checkpoint
+from conversion.tensors import InMemory
 
 V = "vision_encoder.layers.1.attn.v.weight"
 
@@ -114,3 +117,33 @@ def test_outputs_are_run_and_compared(formats, monkeypatch):
 def test_a_source_that_is_no_checkpoint_exits_with_2(formats, tmp_path, capsys):
     assert main(["verify", str(formats / "split"), str(tmp_path / "nothing.pth")]) == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+def test_a_tensor_that_one_side_lacks_is_named(formats):
+    tensors = describe(open_checkpoint(formats / "split"))[1]
+    without = InMemory({name: tensors[name] for name in tensors if name != V})
+    for ours, theirs, shown in ((without, tensors, "absent and torch.float32"), (tensors, without, "and absent")):
+        with pytest.raises(CheckFailed, match=f"{V}: .*{shown}"):
+            verification._compare_tensors([], ours, theirs)
+
+
+@pytest.mark.parametrize("build", [verification.split_model, verification.stock_model])
+def test_no_model_is_run_with_a_weight_left_out_or_too_many(build, formats):
+    config, tensors = describe(open_checkpoint(formats / "split"))
+    build(config, tensors)
+    for state in ({**tensors, "extra": torch.zeros(1)}, {name: tensors[name] for name in tensors if name != V}):
+        with pytest.raises((RuntimeError, ConversionError), match=r"extra|attn\.v"):
+            build(config, InMemory(state))
+
+
+@pytest.mark.parametrize(("gap", "passes"), [(0.9, True), (1.1, False), (float("nan"), False)])
+def test_the_limit_is_relative_to_the_largest_output(gap, passes):
+    theirs = torch.tensor([1.0, -50.0, 3.0])
+    rows, ours = [], theirs + torch.tensor([0.0, 0.0, gap * 50 * verification.LIMIT])
+    compare = verification._compare_outputs
+    if passes:
+        compare(rows, {"masks": ours.double()}, {"masks": theirs.double()}, verification.LIMIT)
+        assert [row.passed for row in rows] == [True]
+    else:
+        with pytest.raises(CheckFailed, match="masks: differ by"):
+            compare(rows, {"masks": ours.double()}, {"masks": theirs.double()}, verification.LIMIT)
