@@ -109,6 +109,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", range(len(CASES)), ids=[f"{s}-{f}-{n}" for s, f, n, _ in CASES])
 def test_a_damaged_file_ends_in_a_folder_or_in_one_line(case, sources, tmp_path, capsys, monkeypatch):
