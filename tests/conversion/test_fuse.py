@@ -137,6 +137,12 @@ def test_what_a_pth_cannot_say_is_refused(part, field, value, message, split_fol
     assert list(tmp_path.iterdir()) == [out]
 
 
+@pytest.mark.parametrize("format", ["split", "onnx"])
+def test_only_the_fused_formats_are_fused_to(format, split_folder, tmp_path):
+    with pytest.raises(ConversionError, match=f"format must be one of transformers, meta, got '{format}'"):
+        fuse(split_folder, tmp_path / "out", format=format, progress=False)
+
+
 def test_what_is_fused_already_is_not_fused(split_folder, tmp_path):
     with pytest.raises(ConversionError, match="is fused already, in the format 'transformers'"):
         fuse(split_folder.parent / "stock", tmp_path / "out", progress=False)
