@@ -1,5 +1,6 @@
 """Whether two checkpoints, in any two formats, hold the same model: bit for bit, then by what they compute."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,7 +57,7 @@ def verify(a, b, *, outputs: bool = True) -> list[Row]:
     return rows
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: Sequence[Row]) -> str:
     """The report, aligned."""
     width = max(len(row.compared) for row in rows)
     return "\n".join(f"{'ok  ' if row.passed else 'FAIL'}  {row.compared:<{width}}  {row.result}" for row in rows)
