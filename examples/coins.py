@@ -2,10 +2,10 @@
 
     python examples/coins.py OUT
 
-The picture is `coins.png` of scikit-image's own wheel (Greek coins from Pompeii, Brooklyn Museum; no known copyright
+The image is `coins.png` of scikit-image's own wheel (Greek coins from Pompeii, Brooklyn Museum; no known copyright
 restrictions). The masks come from its documented recipe, a watershed of the gradient from markers of sure background
 and sure coins, and are as good as that: shadows at a coin's rim may belong to it. `OUT/train` shows the coins on the
-left of the picture, `OUT/test` those on the right; no pixel is in both.
+left of the image, `OUT/test` those on the right; no pixel is in both.
 """
 
 import argparse

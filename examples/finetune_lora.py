@@ -1,4 +1,4 @@
-"""Fine-tune a SamSplit model on your pictures: transformers' Trainer, a PEFT adapter, masks before and after.
+"""Fine-tune a SamSplit model on your images: transformers' Trainer, a PEFT adapter, masks before and after.
 
     python examples/finetune_lora.py BASE DATA OUT --preset encoder
 
@@ -6,17 +6,26 @@ BASE is what `sam-split convert` made. DATA is one of
 
 * a folder with `images/NAME.png` (or .jpg) and `masks/NAME.png`, 0 for background, another value per object;
 * a folder with `images/` and COCO's `annotations.json` (polygons or RLE);
-* a Hugging Face dataset, a saved one or its Hub id, with columns of pictures and of such masks.
+* a Hugging Face dataset, a saved one or its Hub id, with columns of images and of such masks.
 
-Every object is prompted with the box around its mask, which training moves about as a person would, and with
-`--corrections` by clicks on errors. OUT gets `adapter/` with its card, `results.json` and `overlays.png`; several
-presets at a time run one after the other, each in OUT/PRESET, and end in one table. `torchrun` takes this
-script as it is.
+Images have 8 bits per channel. All are read once before training: one that cannot be used ends the run, or is left out
+with `--skip-bad`. Every object is prompted with the box around its mask, with noise in training as a person's would
+have, and with `--corrections` by clicks on errors.
+
+OUT gets `adapter/` with its card, `results.json` and `overlays.png`. Several presets run one after the other, each in
+OUT/PRESET, and end in one table. `torchrun` runs this script as it is.
+
+The presets name what the adapter changes: `encoder` q and v of the image encoder, `decoder` the mask decoder's
+attention and MLPs. `target_modules=["q_proj", "v_proj"]` of your own adapts the mask decoder alone, for the encoder's
+layers are called q, k and v. `lora_dropout` (0 here) in the decoder's v_proj and out_proj acts on averages over the
+image and on the few prompt tokens, not on image positions: its noise does not average out as in stock SamModel.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
+import math
 import resource
 import subprocess
 import sys
@@ -41,18 +50,17 @@ from transformers import (
 )
 
 from conversion import fuse
-from sam_split import SamSplitConfig  # importing it also makes AutoModel know the model
-from sam_split.modeling_sam_split import VOID_LABEL, segmentation_loss
+from sam_split import VOID_LABEL, SamSplitConfig, segmentation_loss  # which also makes AutoModel know the model
 from sam_split.training import (
     SamSplitCollator,
     boxes_around,
-    check_example,
     drop_prefix,
     iou_and_dice,
     jitter_boxes,
     prefix_hidden_states,
     simulate_prompts,
 )
+from sam_split.training_checks import check_example
 
 DECODER = r"mask_decoder\.transformer\..*(q_proj|k_proj|v_proj|out_proj|lin1|lin2)"
 PRESETS = {
@@ -66,35 +74,49 @@ PRESETS = {
 COLUMNS = ["preset", "IoU before", "IoU after", "Dice before", "Dice after", "trainable", "peak GiB", "s/step"]
 
 
-class Pictures(torch.utils.data.Dataset):
-    """Pictures read when they are asked for.
+class Images(torch.utils.data.Dataset):
+    """Examples read when they are asked for, from name -> a function that returns an image and its masks."""
 
-    Args:
-        readers: name -> a function that returns the picture and its masks (P, height, width).
-        skip_bad: whether to take the next one in place of one that cannot be read or has no usable masks.
-    """
-
-    def __init__(self, readers, skip_bad):
-        self.readers, self.skip_bad = list(readers.items()), skip_bad
+    def __init__(self, readers):
+        self.readers = list(readers.items())
 
     def __len__(self):
         return len(self.readers)
 
     def __getitem__(self, index):
-        if index >= len(self):
-            raise IndexError(index)
-        for offset in range(len(self)):
-            name, read = self.readers[(index + offset) % len(self)]
-            try:
-                image, masks = read()
-                example = {"name": name, "image": image.convert("RGB"), "masks": masks}
-                check_example(example, name)
-                return example
-            except (OSError, ValueError, SyntaxError) as error:  # PIL's three ways to refuse a file
-                if not self.skip_bad:
-                    raise ValueError(f"{name}: {error}; mend or remove it, or pass --skip-bad") from error
-                print(f"skipped {name}: {error}", file=sys.stderr)
-        raise ValueError("no picture can be read")
+        return read(*self.readers[index])
+
+
+def read(name, reader):
+    """A checked example.
+
+    Raises:
+        ValueError: naming the image, if it or its masks cannot be used.
+    """
+    try:
+        image, masks = reader()
+        example = {"name": name, "image": image, "masks": masks}
+        check_example(example, name)
+        image.load()  # PIL decodes a file when it is first used
+    except (OSError, ValueError, TypeError, SyntaxError) as error:  # PIL has three ways to refuse a file
+        raise ValueError(f"{name}: {error}; correct or remove it, or pass --skip-bad") from error
+    return example
+
+
+def usable(found, skip_bad):
+    """The readers whose images can be used; the others raise ValueError, or are left out with `skip_bad`."""
+    kept = {}
+    for name, reader in found.items():
+        try:
+            read(name, reader)
+            kept[name] = reader
+        except ValueError as error:
+            if not skip_bad:
+                raise
+            print(f"skipped {error}", file=sys.stderr)
+    if not kept:
+        raise ValueError("no image can be used")
+    return kept
 
 
 def objects(instances):
@@ -106,21 +128,32 @@ def objects(instances):
     return (instances == values[values > 0][:, None, None]).astype(np.int8)
 
 
+def coco_readers(folder):
+    from pycocotools.coco import COCO
+
+    try:
+        with contextlib.redirect_stdout(None):
+            coco = COCO(folder / "annotations.json")
+        images = {image["file_name"]: image["id"] for image in coco.dataset["images"]}
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        raise ValueError(f"{folder / 'annotations.json'} is not in COCO's format: {error!r}") from error
+
+    def read_coco(name, number):
+        image = Image.open(folder / "images" / name)
+        try:
+            masks = [coco.annToMask(annotation) for annotation in coco.loadAnns(coco.getAnnIds(number))]
+        except (KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"its annotations are not in COCO's format: {error!r}") from error
+        return image, np.stack(masks) if masks else np.zeros((0, image.height, image.width), np.int8)
+
+    return {name: lambda name=name, number=number: read_coco(name, number) for name, number in images.items()}
+
+
 def readers(source, args):
-    """Name -> reader for each picture of a folder or a Hugging Face dataset."""
+    """Name -> reader for each image of a folder or a Hugging Face dataset."""
     folder = Path(source)
     if (folder / "annotations.json").is_file():
-        from pycocotools.coco import COCO
-
-        coco = COCO(folder / "annotations.json")
-
-        def read_coco(image):
-            annotations = coco.loadAnns(coco.getAnnIds(image["id"]))
-            masks = [coco.annToMask(annotation) for annotation in annotations]
-            empty = np.zeros((0, image["height"], image["width"]), np.int8)
-            return Image.open(folder / "images" / image["file_name"]), np.stack(masks) if masks else empty
-
-        return {image["file_name"]: lambda image=image: read_coco(image) for image in coco.dataset["images"]}
+        return coco_readers(folder)
     if (folder / "images").is_dir():
         found = {}
         for path in sorted((folder / "images").glob("[!.]*")):
@@ -132,10 +165,21 @@ def readers(source, args):
     import datasets
 
     if not folder.is_dir():
-        data = datasets.load_dataset(source, split=args.split)
+        if folder.exists() or folder.is_absolute() or source.count("/") > 1:
+            raise ValueError(
+                f"{source} is not a folder; name a folder with images/ and masks/, or a dataset on the Hub"
+            )
+        try:
+            data = datasets.load_dataset(source, split=args.split)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{source} is neither a folder nor a dataset that the Hub gives: {reason}") from error
     elif list(folder.glob("dataset_*.json")):
         data = datasets.load_from_disk(str(folder))
-        data = data[args.split] if isinstance(data, dict) else data
+        if isinstance(data, dict):
+            if args.split not in data:
+                raise ValueError(f"{source} has no split {args.split!r}; name one with --split: {', '.join(data)}")
+            data = data[args.split]
     else:
         raise ValueError(
             f"{source} holds neither images/ and masks/, nor images/ and annotations.json, nor a saved dataset"
@@ -152,9 +196,9 @@ def readers(source, args):
 
 
 def split(found, share, seed):
-    """Two dicts of readers, the second with `share` of them, drawn by `seed`."""
+    """Two dicts of readers, the second with `share` of them, sampled by `seed`."""
     if len(found) < 2:
-        raise ValueError(f"at least two pictures are needed, one of them to test on, got {len(found)}")
+        raise ValueError(f"at least two images are needed, one of them to test on, got {len(found)}")
     names = list(found)
     order = np.random.default_rng(seed).permutation(len(names))
     held_out = {names[i] for i in order[: max(1, round(share * len(names)))]}
@@ -164,21 +208,21 @@ def split(found, share, seed):
     )
 
 
-class CachedPictures(torch.utils.data.Dataset):
-    """Pictures as the frozen layers left them, one file each, computed once and found again by later runs.
+class CachedImages(torch.utils.data.Dataset):
+    """Images as the frozen layers left them, one file each, computed once and found again by later runs.
 
-    A file is named by the hash of the layers' weights, the picture and its masks, so a change of any makes a new one.
+    A file is named by the hash of the layers' weights, the image and its masks, so a change of any makes a new one.
     """
 
-    def __init__(self, pictures, collate, model, layers, folder):
+    def __init__(self, images, collate, model, layers, folder):
         folder.mkdir(parents=True, exist_ok=True)
         weights = hashlib.sha256()
         for name, tensor in sorted(model.vision_encoder.state_dict().items()):
             if not name.startswith("layers.") or int(name.split(".")[1]) < layers:
                 weights.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
         self.files = []
-        for picture in pictures:
-            batch = collate([picture])
+        for image in images:
+            batch = collate([image])
             key = weights.copy()
             key.update(
                 str(layers).encode() + batch["pixel_values"].numpy().tobytes() + batch["labels"].numpy().tobytes()
@@ -208,8 +252,8 @@ class CachedPictures(torch.utils.data.Dataset):
 class PromptTrainer(Trainer):
     """Trainer that makes prompts from labels.
 
-    They are drawn in the step and not by the data loader, which runs ahead of the steps: so a resumed run draws what
-    an uninterrupted one would.
+    They are sampled in the step and not by the data loader, which runs ahead of the steps: so a resumed run samples
+    what an uninterrupted one would.
     """
 
     objects_per_image, corrections = 8, 0
@@ -245,7 +289,7 @@ class PromptTrainer(Trainer):
 
 
 def some_objects(labels, number):
-    """At most `number` of each image's objects, drawn anew each time: (B, number, height, width)."""
+    """At most `number` of each image's objects, sampled at each call: (B, number, height, width)."""
     if labels.shape[1] <= number:
         return labels
     real = (labels != VOID_LABEL).flatten(2).any(-1)
@@ -262,7 +306,7 @@ def mean_scores(prediction):
 def check_base(args):
     try:
         kind = AutoConfig.from_pretrained(args.base, revision=args.revision).model_type
-    except OSError as error:
+    except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{args.base} is neither a model's folder nor a Hub id that can be read: {reason}") from error
     if kind != SamSplitConfig.model_type:
@@ -298,10 +342,13 @@ def train(args):
     check_base(args)
     collate = SamSplitCollator(AutoProcessor.from_pretrained(args.base, revision=args.revision))
     if args.val:
-        found, held_out = readers(args.data, args), readers(args.val, args)
+        found, held_out = (usable(readers(data, args), args.skip_bad) for data in (args.data, args.val))
     else:
-        found, held_out = split(readers(args.data, args), args.holdout, args.seed)
-    pictures, held_out = Pictures(found, args.skip_bad), Pictures(held_out, args.skip_bad)
+        found, held_out = split(usable(readers(args.data, args), args.skip_bad), args.holdout, args.seed)
+    images, held_out = Images(found), Images(held_out)
+    torch.manual_seed(args.seed)  # the adapter's own start
+    model, config, frozen = adapted(args)
+    args.out.mkdir(parents=True, exist_ok=True)
     training = TrainingArguments(
         output_dir=args.out / "checkpoints",
         num_train_epochs=args.epochs,
@@ -327,18 +374,16 @@ def train(args):
         ddp_find_unused_parameters=False,
         report_to=[],
     )
-    torch.manual_seed(args.seed)  # the adapter's own start
-    model, config, frozen = adapted(args)
-    train_data, eval_data, collator = pictures, held_out, collate
+    train_data, eval_data, collator = images, held_out, collate
     if frozen:
         model.to(training.device).eval()
         with training.main_process_first():
             train_data, eval_data = (
-                CachedPictures(data, collate, model, frozen, args.cache or args.out / "cache")
-                for data in (pictures, held_out)
+                CachedImages(data, collate, model, frozen, args.cache or args.out / "cache")
+                for data in (images, held_out)
             )
         drop_prefix(model, frozen)
-        collator = CachedPictures.collate
+        collator = CachedImages.collate
     model = get_peft_model(model, config)
     callbacks = [EarlyStoppingCallback(args.patience)] if args.patience else []
     trainer = PromptTrainer(
@@ -389,7 +434,7 @@ def save_adapter(model, folder, row):
     """The adapter and PEFT's card of it, with the results."""
     model.save_pretrained(folder)
     card = ModelCard.load(folder / "README.md")
-    card.text = f"# SamSplit adapter\n\nMade by `examples/finetune_lora.py`, on held-out pictures:\n\n{table([row])}\n"
+    card.text = f"# SamSplit adapter\n\nMade by `examples/finetune_lora.py`, on held-out images:\n\n{table([row])}\n"
     card.save(folder / "README.md")
 
 
@@ -402,19 +447,19 @@ def table(rows):
 
 
 @torch.no_grad()
-def draw_overlays(model, pictures, examples, collate_pictures, collate_examples, path, number=4):
-    """A row per held-out picture: masks before, after, and the truth."""
+def draw_overlays(model, images, examples, collate_images, collate_examples, path, number=4):
+    """A row per held-out image: masks before, after, and the truth."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    number = min(number, len(pictures))
+    number = min(number, len(images))
     figure, axes = plt.subplots(number, 3, figsize=(9, 3 * number), squeeze=False)
-    processor = collate_pictures.image_processor
+    processor = collate_images.image_processor
     mean, deviation = (torch.tensor(value) for value in (processor.image_mean, processor.image_std))
     for row, index in zip(axes, range(number), strict=True):
-        pixels = collate_pictures([pictures[index]])["pixel_values"][0].permute(1, 2, 0) * deviation + mean
+        pixels = collate_images([images[index]])["pixel_values"][0].permute(1, 2, 0) * deviation + mean
         batch = {name: value.to(model.device) for name, value in collate_examples([examples[index]]).items()}
         labels = batch["labels"]
         inputs = {"pixel_values": batch["pixel_values"], "input_boxes": boxes_around(labels)}
@@ -437,43 +482,70 @@ def draw_overlays(model, pictures, examples, collate_pictures, collate_examples,
     plt.close(figure)
 
 
-def at_least_one(text):
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return int(text)
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message):
+        self.exit(2, f"finetune_lora: error: {message}; see --help\n")
+
+
+def at_least(least, kind=int):
+    """A parser of numbers."""
+
+    def number(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value < math.inf:  # nor NaN
+            whole = "an integer" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {whole} of at least {least}, got {text}")
+        return value
+
+    return number
 
 
 def parse(arguments):
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    summary, _, details = __doc__.partition("\n")
+    parser = Parser(
+        description=summary,
+        epilog=details,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("base", help="a SamSplit folder or Hub id")
-    parser.add_argument("data", help="a folder of pictures and masks, or a Hugging Face dataset")
+    parser.add_argument("data", help="a folder of images and masks, or a Hugging Face dataset")
     parser.add_argument("out", type=Path)
     parser.add_argument("--preset", nargs="+", choices=PRESETS, default=["encoder"])
-    parser.add_argument("--val", help="pictures to test on, in the form of DATA; left out, a part of DATA")
+    parser.add_argument("--val", help="images to test on, in the form of DATA (default: a part of DATA)")
     parser.add_argument("--holdout", type=float, default=0.2, help="that part (%(default)s)")
     parser.add_argument("--revision", help="of the base on the Hub")
     parser.add_argument("--split", default="train", help="of a Hub dataset")
     parser.add_argument("--image-column", default="image")
     parser.add_argument("--mask-column", default="mask")
-    parser.add_argument("--skip-bad", action="store_true", help="go on without pictures that cannot be used")
-    parser.add_argument("--rank", type=at_least_one, default=16)
-    parser.add_argument("--late-layers", type=int, default=3, help="layers that `late` trains (%(default)s)")
-    parser.add_argument("--cache", type=Path, help="where `late` keeps what the other layers gave (OUT/cache)")
-    parser.add_argument("--epochs", type=float, default=10)
-    parser.add_argument("--steps", type=int, default=-1, help="instead of epochs")
-    parser.add_argument("--batch", type=at_least_one, default=2)
-    parser.add_argument("--accumulate", type=at_least_one, default=1)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--objects", type=at_least_one, default=8, help="of a picture in a step (%(default)s)")
-    parser.add_argument("--corrections", type=int, default=0, help="rounds of correcting clicks, at most")
-    parser.add_argument("--patience", type=int, default=0, help="epochs without gain after which to stop; 0: never")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be used")
+    parser.add_argument("--rank", type=at_least(1), default=16)
+    parser.add_argument("--late-layers", type=at_least(1), default=3, help="layers that `late` trains (%(default)s)")
+    parser.add_argument("--cache", type=Path, help="where `late` keeps the outputs of the frozen layers (OUT/cache)")
+    parser.add_argument("--epochs", type=at_least(0, float), default=10)
+    parser.add_argument("--steps", type=at_least(1), default=-1, help="instead of epochs")
+    parser.add_argument("--batch", type=at_least(1), default=2)
+    parser.add_argument("--accumulate", type=at_least(1), default=1)
+    parser.add_argument("--lr", type=at_least(0, float), default=1e-3)
+    parser.add_argument("--objects", type=at_least(1), default=8, help="of an image in a step (%(default)s)")
+    parser.add_argument("--corrections", type=at_least(0), default=0, help="rounds of correcting clicks, at most")
+    parser.add_argument(
+        "--patience", type=at_least(0), default=0, help="stop after this many epochs without gain; 0: never"
+    )
     parser.add_argument("--checkpointing", action="store_true", help="less memory, more time")
     parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", action="store_true", help="from OUT's last checkpoint")
+    parser.add_argument("--seed", type=at_least(0), default=0)
+    parser.add_argument("--resume", action="store_true", help="from OUT's last checkpoint, if there is one")
     args = parser.parse_args(arguments)
     if not 0 < args.holdout < 1:
         parser.error(f"--holdout must be between 0 and 1, got {args.holdout}")
+    if len(set(args.preset)) < len(args.preset):
+        parser.error(f"--preset names one twice: {' '.join(args.preset)}")
     return args
 
 
@@ -484,10 +556,13 @@ def main(arguments=None):
         try:
             if (args.out / "results.json").exists() and not args.resume:
                 raise ValueError(f"{args.out} holds a finished run; name another OUT, or go on with --resume")
-            args.out.mkdir(parents=True, exist_ok=True)
+            if (args.out / "checkpoints").exists() and not args.resume:
+                raise ValueError(f"{args.out} holds an unfinished run; name another OUT, or go on with --resume")
+            if args.out.exists() and not args.out.is_dir():
+                raise ValueError(f"{args.out} is a file; name a folder for OUT")
             train(args)
         except (ValueError, OSError) as error:  # a path or Hub id that is not there is the latter
-            print(f"finetune_lora: error: {error}", file=sys.stderr)
+            print(f"finetune_lora: error: {' '.join(str(error).split())}", file=sys.stderr)
             return 2
         return 0
     rows = []

@@ -1,12 +1,12 @@
-"""Train a tiny SAM from nothing on generated shapes, in about twelve minutes on one core.
+"""Train a tiny SAM from scratch on generated shapes, in about twelve minutes on one core.
 
     OMP_NUM_THREADS=1 python examples/train_tiny_sam.py OUT
 
 It stands in for Meta's checkpoints where there is no network: 128 pixels, four layers of 96 channels, windowed and
-global ones, in the format of transformers' `SamModel`. Its masks mean something on pictures of simple objects; it has
-seen no photograph, which leaves fine-tuning something to do. The same seed, versions and machine give the same file.
+global ones, in the format of transformers' `SamModel`. It segments images of simple objects; it has seen
+no photograph, so fine-tuning can improve it. The same seed, versions and machine give the same file.
 
-The checkpoint beside this script is what the command above wrote. On 256 unseen pictures its mean IoU from a box is
+The checkpoint beside this script is what the command above wrote. On 256 unseen images its mean IoU from a box is
 0.857, where the box itself has 0.70.
 """
 
@@ -47,8 +47,8 @@ CONFIG = {
     },
 }
 MEAN, DEVIATION = (torch.tensor(v)[:, None, None] for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
-OBJECTS = 3  # in a picture
-POOL = 1500  # pictures to train on, each seen in many views: drawing them anew would take a fifth of the time
+OBJECTS = 3  # in an image
+POOL = 1500  # images to train on, each seen in many views: new ones would take a fifth of the time
 
 
 def smooth_noise(rng, cells):
@@ -57,7 +57,7 @@ def smooth_noise(rng, cells):
     return torch.nn.functional.interpolate(coarse, (SIZE, SIZE), mode="bicubic", align_corners=True)[0, 0].numpy()
 
 
-# Drawn once: textures are most of the time that a picture takes.
+# Made once: textures take most of the time of an image.
 BROAD_NOISE = [smooth_noise(np.random.default_rng(i), 2 + i % 4) for i in range(40)]
 FINE_NOISE = [smooth_noise(np.random.default_rng(i), 8 + i % 32) for i in range(64)]
 
@@ -75,8 +75,8 @@ def outline(rng, angle):
     return 1 + sum(rng.uniform(0, 0.3 / k) * np.cos(k * angle + rng.uniform(0, 2 * math.pi)) for k in waves)
 
 
-def picture(rng):
-    """A picture (SIZE, SIZE, 3) of bytes and masks (OBJECTS, SIZE, SIZE) of what can be seen of its objects."""
+def sample_image(rng):
+    """An image (SIZE, SIZE, 3) of bytes and masks (OBJECTS, SIZE, SIZE) of what can be seen of its objects."""
     y, x = np.mgrid[:SIZE, :SIZE]
     grey = rng.random() < 0.5
 
@@ -107,10 +107,10 @@ def picture(rng):
     return (255 * np.clip(image, 0, 1)).astype(np.uint8), masks
 
 
-def pictures(seed, number):
-    """Pictures (number, 3, SIZE, SIZE) of bytes and masks (number, OBJECTS, SIZE, SIZE)."""
+def sample_images(seed, number):
+    """Images (number, 3, SIZE, SIZE) of bytes and masks (number, OBJECTS, SIZE, SIZE)."""
     rng = np.random.default_rng(seed)
-    images, masks = zip(*(picture(rng) for _ in range(number)), strict=True)
+    images, masks = zip(*(sample_image(rng) for _ in range(number)), strict=True)
     return torch.from_numpy(np.stack(images)).movedim(-1, 1), torch.from_numpy(np.stack(masks)).to(torch.int8)
 
 
@@ -120,7 +120,7 @@ def normalised(images):
 
 
 def another_view(images, masks, rng):
-    """The same pictures mirrored, transposed and with colours exchanged, one way for all."""
+    """The same images mirrored, transposed and with colours exchanged, one way for all."""
     images = images[:, rng.permutation(3)]
     if rng.random() < 0.5:
         images, masks = images.mT, masks.mT
@@ -132,9 +132,9 @@ def another_view(images, masks, rng):
 
 @torch.no_grad()
 def mean_iou(model, seed, number=256):
-    """Mean IoU over the objects of unseen pictures, each prompted with the box around it."""
+    """Mean IoU over the objects of unseen images, each prompted with the box around it."""
     model.eval()
-    images, labels = pictures(seed, number)
+    images, labels = sample_images(seed, number)
     output = model(pixel_values=normalised(images), input_boxes=boxes_around(labels), multimask_output=False)
     return iou_and_dice(output.pred_masks[:, :, 0], labels)[0].mean().item()
 
@@ -143,12 +143,12 @@ def train(steps, seed, batch_size=8):
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     model = SamSplitModel(SamSplitConfig(**CONFIG)).train()
-    for module in model.modules():  # a deviation of 0.02 suits wide layers, and leaves these mute
+    for module in model.modules():  # a deviation of 0.02 suits wide layers and is too small for these
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
     optimiser = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, steps, pct_start=0.1)
-    images, masks = pictures(seed, POOL)
+    images, masks = sample_images(seed, POOL)
     began, total = time.time(), 0.0
     for step in range(1, steps + 1):
         chosen = rng.choice(POOL, batch_size, replace=False)

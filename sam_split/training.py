@@ -1,26 +1,40 @@
 """What fine-tuning needs beside the model: ragged examples to batches, prompts from masks, metrics, a cached prefix.
 
 Shapes as in `modeling_sam_split`; points and boxes are (x, y) in pixels of the tensor they come from. What is random
-takes a `generator`, and draws from torch's own when it is None. Augmentation, schedules and the loop itself come from
-torchvision, datasets and transformers.
+takes a `generator`, and samples from torch's own when it is None. Augmentation, schedules and the loop itself come
+from torchvision, datasets and transformers.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .checks_sam_split import InputCheck
 from .modeling_sam_split import VOID_LABEL
-
-PADDING_POINT = -10  # the label of points that fill up a batch
+from .training_checks import (
+    PADDING_POINT,
+    check_batch,
+    check_box_order,
+    check_labels,
+    check_layers,
+    check_logits,
+    check_number,
+    check_size,
+)
 
 
 class SamSplitCollator:
     """Images of any size, each with any number of objects, to one batch for `SamSplitModel`.
 
-    An example is a dict: `image` (a PIL image or an array), and as far as wanted `masks` (P, height, width) in {0, 1,
-    VOID_LABEL}, `boxes` (P, 4), `points` (a list of P arrays (N, 2), N may differ) and `point_labels` (P arrays (N,)),
-    all in pixels of the image, and `name` for messages. `input_boxes` are those around the masks where a whole batch
-    has masks but neither boxes nor points.
+    An example is a dict: `image`, a PIL image or an array (height, width) or (height, width, 3) of 8 bits per channel,
+    and optionally `masks` (P, height, width) in {0, 1, VOID_LABEL}, `boxes` (P, 4), `points` (a list of P arrays
+    (N, 2), N may differ) and `point_labels` (P arrays (N,), 1 for foreground by default), all in pixels of the image,
+    and `name` for messages. All examples of a batch have the same parts. `input_boxes` are those around the masks in a
+    batch with masks but without boxes and points.
+
+    Images of 16 bits or of floats are refused: which range of their values is black to white only their owner knows.
+    transformers' Trainer needs `remove_unused_columns=False`, or it removes all parts before they arrive here.
 
     Args:
         processor: the model's `SamProcessor`, or its image processor.
@@ -28,6 +42,11 @@ class SamSplitCollator:
 
     def __init__(self, processor):
         self.image_processor = getattr(processor, "image_processor", processor)
+        if not callable(self.image_processor):
+            raise TypeError(
+                f"processor must be a SamProcessor or its image processor, got {type(processor).__name__}; load one "
+                "with SamProcessor.from_pretrained"
+            )
 
     def __call__(self, examples):
         """A batch: `pixel_values` and, as far as given, `labels`, `input_boxes`, `input_points` and `input_labels`.
@@ -36,12 +55,11 @@ class SamSplitCollator:
         image has fewer than others are padding: void labels, box 0, points labelled -10.
 
         Raises:
-            ValueError: naming the example, if one of its parts does not fit its image or the others.
+            TypeError, ValueError: naming the example and its part that cannot be used, and what to do.
         """
-        for index, example in enumerate(examples):
-            check_example(example, example.get("name", index))
-        given = set.intersection(*({name for name, value in e.items() if value is not None} for e in examples))
-        images = self.image_processor([example["image"] for example in examples], return_tensors="pt")
+        given = check_batch(examples)
+        images = [_rgb(example["image"]) for example in examples]
+        images = self.image_processor(images, return_tensors="pt", input_data_format="channels_last")
         batch = {"pixel_values": images["pixel_values"]}
         originals, resized = images["original_sizes"].tolist(), images["reshaped_input_sizes"].tolist()
         prompts = max(_prompts(example) for example in examples)
@@ -53,10 +71,7 @@ class SamSplitCollator:
             torch.tensor([new[1] / old[1], new[0] / old[0]]) for old, new in zip(originals, resized, strict=True)
         ]
         if "boxes" in given:
-            boxes = [
-                torch.as_tensor(e["boxes"], dtype=torch.float32) * s.repeat(2)
-                for e, s in zip(examples, scales, strict=True)
-            ]
+            boxes = [_float(e["boxes"]) * s.repeat(2) for e, s in zip(examples, scales, strict=True)]
             batch["input_boxes"] = torch.stack([_padded(box, prompts, 0) for box in boxes])
         if "points" in given:
             batch |= self._points(examples, scales, prompts)
@@ -71,8 +86,8 @@ class SamSplitCollator:
         for i, (example, scale) in enumerate(zip(examples, scales, strict=True)):
             for p, points in enumerate(example["points"]):
                 labels = example.get("point_labels")
-                batch["input_points"][i, p, : len(points)] = torch.as_tensor(points, dtype=torch.float32) * scale
-                batch["input_labels"][i, p, : len(points)] = 1 if labels is None else torch.as_tensor(labels[p])
+                batch["input_points"][i, p, : len(points)] = _float(points) * scale
+                batch["input_labels"][i, p, : len(points)] = 1 if labels is None else _float(labels[p]).long()
         return batch
 
 
@@ -80,9 +95,14 @@ def _prompts(example):
     return next((len(example[name]) for name in ("masks", "boxes", "points") if example.get(name) is not None), 1)
 
 
-def _image_size(image):
-    """(height, width) of a PIL image or an array (height, width) or (height, width, channels)."""
-    return tuple(image.size[::-1]) if hasattr(image, "getbands") else tuple(image.shape[:2])
+def _rgb(image):
+    """(height, width, 3) of a PIL image or an array."""
+    image = np.array(image.convert("RGB") if hasattr(image, "convert") else image)  # a copy, for PIL's is read-only
+    return np.repeat(image[..., None], 3, axis=2) if image.ndim == 2 else image
+
+
+def _float(values):
+    return torch.from_numpy(np.asarray(values, np.float32))
 
 
 def _padded(tensor, length, value):
@@ -92,51 +112,9 @@ def _padded(tensor, length, value):
 
 def _fitted_mask(mask, resized, size, prompts):
     """Labels (prompts, *size) of a mask (P, height, width) that fills `resized` of it, nearest neighbour."""
-    mask = torch.as_tensor(mask).to(torch.int8)
-    mask = F.interpolate(mask[None].float(), tuple(resized), mode="nearest-exact")[0].to(torch.int8)
+    mask = F.interpolate(_float(mask)[None], tuple(resized), mode="nearest-exact")[0].to(torch.int8)
     mask = F.pad(mask, (0, size[1] - resized[1], 0, size[0] - resized[0]), value=VOID_LABEL)
     return _padded(mask, prompts, VOID_LABEL)
-
-
-def check_example(example, name):
-    """Raise ValueError if masks, boxes and points of an example do not fit its image and each other.
-
-    Args:
-        example: as for `SamSplitCollator`.
-        name: what to call it.
-    """
-    height, width = _image_size(example["image"])
-    counts = {part: len(example[part]) for part in ("masks", "boxes", "points") if example.get(part) is not None}
-    if len(set(counts.values())) > 1:
-        raise ValueError(f"example {name!r} must have as many of each, got {counts}")
-    if 0 in counts.values():
-        raise ValueError(f"example {name!r} has no object: leave such images out")
-    masks = example.get("masks")
-    if masks is not None:
-        masks = torch.as_tensor(masks)
-        if masks.ndim != 3 or tuple(masks.shape[1:]) != (height, width):
-            raise ValueError(
-                f"masks of example {name!r} must be (P, height, width) like its image, ({masks.shape[0]}, {height}, "
-                f"{width}), got {tuple(masks.shape)}"
-            )
-        known = (masks == 0) | (masks == 1) | (masks == VOID_LABEL)
-        if not known.all():
-            raise ValueError(
-                f"masks of example {name!r} must be 0, 1 or {VOID_LABEL} (void), got {masks[~known][0].item()}"
-            )
-        empty = (masks != 1).flatten(1).all(1).nonzero().flatten().tolist()
-        if empty:
-            raise ValueError(f"masks {empty} of example {name!r} are empty: leave out what cannot be seen")
-    if example.get("boxes") is not None:
-        x0, y0, x1, y1 = torch.as_tensor(example["boxes"], dtype=torch.float32).unbind(-1)
-        bad = (x0 < 0) | (y0 < 0) | (x1 > width) | (y1 > height) | (x0 > x1) | (y0 > y1)
-        if bad.any():
-            first = int(bad.nonzero()[0])
-            box = [float(side[first]) for side in (x0, y0, x1, y1)]
-            raise ValueError(
-                f"box {first} of example {name!r} must be (x0, y0, x1, y1) in pixels inside its image of height "
-                f"{height} and width {width}, got {box}"
-            )
 
 
 def boxes_around(labels):
@@ -147,6 +125,7 @@ def boxes_around(labels):
     >>> boxes_around(labels).tolist()  # (x0, y0, x1, y1)
     [[[3.0, 2.0, 6.0, 4.0]]]
     """
+    check_labels(labels)
     inside = labels == 1
     columns, rows = inside.any(-2), inside.any(-1)  # (B, P, w) and (B, P, h)
     sides = []
@@ -164,6 +143,11 @@ def jitter_boxes(boxes, size, generator=None, share=0.1, limit=20.0):
 
     Source: Segment Anything (arXiv 2304.02643), appendix A.
     """
+    InputCheck()("boxes", boxes, ("B", "P", 4))
+    check_box_order(boxes)
+    for name, value in (("share", share), ("limit", limit)):
+        check_number(name, value, 0)
+    check_size(size)
     extent = (boxes[..., 2:] - boxes[..., :2]).repeat(1, 1, 2)
     noise = torch.randn(boxes.shape, generator=generator, device=boxes.device) * share * extent
     height, width = size
@@ -175,7 +159,11 @@ def jitter_boxes(boxes, size, generator=None, share=0.1, limit=20.0):
 
 
 def points_inside(region, number=1, generator=None):
-    """Points (B, P, N, 2) drawn uniformly from the true pixels of a (B, P, h, w), and where a region is empty, 0."""
+    """Points (B, P, N, 2) sampled uniformly from the true pixels of a bool (B, P, h, w), 0 where a region is empty."""
+    InputCheck()("region", region, ("B", "P", "h", "w"))
+    if region.dtype != torch.bool:
+        raise ValueError(f"region must be bool, got {region.dtype}; pass labels == 1")
+    check_number("number", number, 1, int)
     score = torch.rand(*region.shape[:2], number, 1, generator=generator, device=region.device)
     count = region.flatten(2).sum(-1)[..., None, None]  # (B, P, 1, 1)
     rank = (score * count).long() + 1
@@ -194,6 +182,7 @@ def correcting_clicks(logits, labels, generator=None):
     Returns:
         Points (B, P, 1, 2) in pixels of the labels and their labels (B, P, 1), padding where nothing is wrong.
     """
+    check_logits(logits, labels)
     predicted = _resized(logits, labels.shape[-2:]) > 0
     wrong = (predicted != (labels == 1)) & (labels != VOID_LABEL)
     points = points_inside(wrong, 1, generator)
@@ -206,15 +195,15 @@ def correcting_clicks(logits, labels, generator=None):
 def simulate_prompts(model, image_embeddings, labels, rounds, generator=None, points_only=None):
     """Prompts as a person gives them: a rough box or one click, then a click on an error of each mask that came out.
 
-    The prompts of round r, each drawn with its own r, give the gradient of the mean over all rounds on average, with
-    one forward pass that keeps activations instead of `rounds` + 1.
+    With `rounds` sampled uniformly for each step, the expected gradient is that of the mean over all rounds, and a
+    step keeps the activations of one forward pass instead of `rounds` + 1.
 
     Args:
         model: decodes the masks that are corrected; a `SamSplitModel` or a PEFT model of one.
         image_embeddings: (B, C, H, W).
         labels: (B, P, height, width) at the input's resolution.
         rounds: corrections, 0 for none.
-        points_only: True to begin with a click, False with a box, None to toss a coin for the batch.
+        points_only: True to begin with a click, False with a box, None to choose one at random for the batch.
 
     Returns:
         Inputs of `forward`: `input_boxes` or `input_points` and `input_labels`, or both, and after a correction the
@@ -222,6 +211,10 @@ def simulate_prompts(model, image_embeddings, labels, rounds, generator=None, po
 
     Source: the interactive training of Segment Anything (arXiv 2304.02643), appendix A.
     """
+    check = InputCheck()
+    check_labels(labels, check)
+    check("image_embeddings", image_embeddings, ("B", "C", "H", "W"), floating=True)
+    check_number("rounds", rounds, 0, int)
     if points_only is None:
         points_only = bool(torch.rand((), generator=generator, device=labels.device) < 0.5)
     if points_only:
@@ -258,6 +251,7 @@ def iou_and_dice(logits, labels):
     >>> iou.item(), round(dice.item(), 3)
     (0.5, 0.667)
     """
+    check_logits(logits, labels)
     valid = labels != VOID_LABEL
     predicted, wanted = (_resized(logits, labels.shape[-2:]) > 0) & valid, labels == 1
     both = (predicted & wanted).flatten(2).sum(-1).double()
@@ -278,6 +272,7 @@ def _resized(logits, size):
 def prefix_hidden_states(model, pixel_values, layers):
     """Tokens (B, H, W, C) after the first `layers` layers of the image encoder, to be kept for `drop_prefix`."""
     encoder = model.vision_encoder
+    check_layers(encoder, layers)
     hidden_states = encoder.patch_embed(pixel_values)
     if encoder.pos_embed is not None:
         hidden_states = hidden_states + encoder.pos_embed
@@ -299,6 +294,7 @@ def drop_prefix(model, layers):
     The layers that stay keep their numbers, so an adapter trained this way fits the whole model.
     """
     encoder = model.vision_encoder
+    check_layers(encoder, layers)
     encoder.patch_embed, encoder.pos_embed = nn.Identity(), None
     for index in range(layers):
         encoder.layers[index] = PassThrough()

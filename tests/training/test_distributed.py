@@ -61,6 +61,8 @@ if accelerator.is_main_process:
 accelerator.end_training()
 """
 
+pytestmark = pytest.mark.slow  # two processes that import torch and transformers
+
 
 @pytest.fixture(scope="module")
 def ours():

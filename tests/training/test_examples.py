@@ -12,7 +12,6 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from models import stock_model
 from peft import PeftModel
 from PIL import Image
 from pycocotools import mask as coco_mask
@@ -64,7 +63,7 @@ def run(base, data, out, *options, quick=True):
 def test_tiny_sam_segments_unseen_shapes(base):
     """Ours and stock's, from a box; the box itself is no answer."""
     shapes = script("train_tiny_sam.py")
-    images, labels = shapes.pictures(10**6, 256)
+    images, labels = shapes.sample_images(10**6, 256)
     boxes = boxes_around(labels)
     for model in (AutoModel.from_pretrained(base), SamModel.from_pretrained(TINY_SAM)):
         with torch.no_grad():
@@ -118,7 +117,7 @@ def test_presets(base, coins, tmp_path, preset, trained):
         assert {re.search(r"layers\.(\d+)", name)[1] for name in adapter} == {"3"}, "by its number in the whole model"
         PeftModel.from_pretrained(AutoModel.from_pretrained(base), tmp_path / "adapter")
         files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
-        assert len(files) == 10, "one for each picture"
+        assert len(files) == 10, "one for each image"
         again = ["--steps", "1", "--late-layers", "1", "--preset", "late", "--cache", str(tmp_path / "cache")]
         assert run(base, coins / "test", tmp_path / "again", *again) == 0
         assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
@@ -148,7 +147,7 @@ def test_resumed_equals_uninterrupted(base, coins, tmp_path, monkeypatch):
         assert torch.equal(tensor, cut[name]), name
 
 
-def picture_folder(folder, number=4):
+def image_folder(folder, number=4):
     for kind in ("images", "masks"):
         (folder / kind).mkdir(parents=True)
     for i in range(number):
@@ -165,8 +164,8 @@ def args(**more):
 
 
 def test_folder_coco_and_dataset_agree(tmp_path):
-    folder = picture_folder(tmp_path / "folder")
-    expected = finetune.Pictures(finetune.readers(folder, args()), False)
+    folder = image_folder(tmp_path / "folder")
+    expected = finetune.Images(finetune.readers(folder, args()))
     assert expected[0]["masks"].shape == (2, 40, 60)
 
     coco = tmp_path / "coco"
@@ -190,99 +189,30 @@ def test_folder_coco_and_dataset_agree(tmp_path):
     data = data.cast_column("image", datasets.Image()).cast_column("mask", datasets.Image())
     data.save_to_disk(tmp_path / "saved")
 
-    picture_folder(tmp_path / "again")
-    expected = finetune.Pictures(finetune.readers(tmp_path / "again", args()), False)
+    image_folder(tmp_path / "again")
+    expected = finetune.Images(finetune.readers(tmp_path / "again", args()))
     for source in (coco, tmp_path / "saved"):
-        pictures = finetune.Pictures(finetune.readers(source, args()), False)
-        assert len(pictures) == 4
-        for ours, theirs in zip((pictures[i] for i in range(4)), (expected[i] for i in range(4)), strict=True):
+        images = finetune.Images(finetune.readers(source, args()))
+        assert len(images) == 4
+        for ours, theirs in zip((images[i] for i in range(4)), (expected[i] for i in range(4)), strict=True):
             assert np.array_equal(ours["masks"], theirs["masks"])
             assert np.array_equal(np.asarray(ours["image"]), np.asarray(theirs["image"]))
     with pytest.raises(ValueError, match="has no column 'truth'; it has image, mask"):
         finetune.readers(tmp_path / "saved", args(**{"--mask-column": "truth"}))
 
 
-def spoil_image(folder):
+def test_skip_bad(base, tmp_path, capsys):
+    """An image that cannot be read is left out, and no other takes its place."""
+    folder = image_folder(tmp_path / "data")
     path = folder / "images" / "2.png"
     path.write_bytes(path.read_bytes()[:200])
-
-
-def spoil_size(folder):
-    Image.new("L", (50, 40), 1).save(folder / "masks" / "2.png")
-
-
-def spoil_content(folder):
-    Image.new("L", (60, 40), 0).save(folder / "masks" / "2.png")
-
-
-def spoil_mode(folder):
-    Image.new("RGB", (60, 40), (1, 2, 3)).save(folder / "masks" / "2.png")
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (spoil_image, "2.png: .*--skip-bad"),
-        (spoil_size, r"2.png: masks of example '2.png' must be .* like its image, \(1, 40, 60\), got \(1, 40, 50\)"),
-        (spoil_content, "2.png: example '2.png' has no object"),
-        (spoil_mode, "2.png: a mask must have one channel, got shape"),
-    ],
-)
-def test_bad_pictures(base, tmp_path, capsys, spoil, message):
-    folder = picture_folder(tmp_path / "data")
-    spoil(folder)
-    with pytest.raises(ValueError, match=message):
-        finetune.Pictures(finetune.readers(folder, args()), False)[2]
-    kept = finetune.Pictures(finetune.readers(folder, args()), True)
-    assert [kept[i]["name"] for i in range(4)] == ["0.png", "1.png", "3.png", "3.png"]
-    assert "skipped 2.png" in capsys.readouterr().err
-    if spoil is spoil_image:
-        options = "--epochs", "1", "--holdout", "0.5"
-        assert run(base, folder, tmp_path / "out", *options) == 2
-        assert "finetune_lora: error: 2.png: " in capsys.readouterr().err
-        assert run(base, folder, tmp_path / "out", *options, "--skip-bad") == 0
-
-
-def test_missing_mask(base, tmp_path, capsys):
-    folder = picture_folder(tmp_path / "data")
-    (folder / "masks" / "1.png").unlink()
-    assert run(base, folder, tmp_path / "out") == 2
-    assert "1.png has no mask" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["nowhere", "data", "out"], "nowhere is neither a model's folder nor"),
-        (["stock", "data", "out"], "`sam-split convert stock NEW`"),
-        (["tiny", "empty", "out"], "empty holds neither images/ and masks/"),
-        (["tiny", "data", "out", "--objects", "0"], "must be at least 1, got 0"),
-        (["tiny", "data", "finished"], "holds a finished run"),
-        (["tiny", "data", "finished/", "--preset", "late", "decoder"], None),
-        (["tiny", "data", "out", "--holdout", "1.5"], "--holdout must be between 0 and 1"),
-    ],
-)
-def test_wrong_arguments(base, tmp_path, monkeypatch, capfd, options, message):
-    """One line, code 2, and what a finished run left stays."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    (tmp_path / "tiny").symlink_to(base)
-    picture_folder(tmp_path / "data")
-    (tmp_path / "data" / "images" / ".DS_Store").touch()  # not a picture
-    (tmp_path / "empty").mkdir()
-    stock_model().save_pretrained(tmp_path / "stock")
-    for finished in ("finished", "finished/late", "finished/decoder"):
-        (tmp_path / finished).mkdir()
-        (tmp_path / finished / "results.json").write_text("{}")
-    try:
-        code = finetune.main(options)
-    except SystemExit as stop:  # argparse's own
-        code = stop.code
-    assert code == 2
-    printed = capfd.readouterr().err
-    assert (message or "late holds a finished run") in printed
-    assert "Traceback" not in printed
-    assert (tmp_path / "finished" / "results.json").read_text() == "{}"
+    kept = finetune.usable(finetune.readers(folder, args()), True)
+    assert list(kept) == ["0.png", "1.png", "3.png"]
+    assert "skipped 2.png: " in capsys.readouterr().err
+    held_out = image_folder(tmp_path / "held-out", 2)
+    (held_out / "images" / "0.png").write_bytes(b"")
+    assert run(base, folder, tmp_path / "out", "--val", str(held_out), "--epochs", "1", "--skip-bad") == 0
+    assert Image.open(tmp_path / "out" / "overlays.png").height == 240, "one held-out image, once"
 
 
 def test_readme_section(tmp_path, monkeypatch):
@@ -323,9 +253,10 @@ def test_options_together(base, coins, tmp_path):
     assert state["epoch"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_processes(base, coins, tmp_path, launcher):
-    """Eight pictures are one epoch of two steps: two processes with two pictures each. One alone would see half."""
+    """Eight images are one epoch of two steps: two processes with two images each. One alone would see half."""
     program, *options = launcher.split()
     options += ["--main_process_port", "0"] if program == "accelerate" else ["--standalone"]  # any port that is free
     command = [EXAMPLES / "finetune_lora.py", base, coins / "test", tmp_path, *QUICK, "--steps", "2"]

@@ -1,16 +1,14 @@
 """`sam_split.training`: ragged examples make one batch, prompts follow from masks, a cached prefix changes nothing."""
 
-import numpy as np
 import pytest
 import torch
-from models import IMAGE_SIZE, TINY, boxes, pixels, split_model, stock_model, targets
+from models import IMAGE_SIZE, boxes, pixels, split_model, stock_model, targets
 from peft import LoraConfig, get_peft_model
-from transformers import SamImageProcessor
+from training_data import collator, example
 
-from sam_split.modeling_sam_split import VOID_LABEL
+from sam_split import VOID_LABEL
 from sam_split.training import (
     PADDING_POINT,
-    SamSplitCollator,
     boxes_around,
     correcting_clicks,
     drop_prefix,
@@ -24,29 +22,12 @@ from sam_split.training import (
 
 @pytest.fixture(scope="module")
 def collate():
-    side = 4 * IMAGE_SIZE // TINY["vision_config"]["patch_size"]
-    return SamSplitCollator(
-        SamImageProcessor(
-            size={"longest_edge": IMAGE_SIZE},
-            pad_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-            mask_size={"longest_edge": side},
-            mask_pad_size={"height": side, "width": side},
-        )
-    )
+    return collator()
 
 
 @pytest.fixture(scope="module")
 def model():
     return split_model(stock_model())
-
-
-def example(height, width, *corners, **more):
-    """A picture with one rectangle (x0, y0, x1, y1), both corners inside it, for each of `corners`."""
-    masks = np.zeros((len(corners), height, width), np.uint8)
-    for mask, (x0, y0, x1, y1) in zip(masks, corners, strict=True):
-        mask[y0 : y1 + 1, x0 : x1 + 1] = 1
-    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return {"image": image, "masks": masks, "name": "a.png", **more}
 
 
 def test_ragged_batch(collate, model):
@@ -78,24 +59,6 @@ def test_given_boxes_and_ragged_points(collate):
     ]
 
 
-BAD = {
-    "mask of another size": ({"masks": np.ones((1, 48, 25))}, r"like its image, \(1, 48, 24\), got \(1, 48, 25\)"),
-    "empty mask": ({"masks": np.zeros((1, 48, 24))}, r"masks \[0\] of example 'a.png' are empty"),
-    "255": ({"masks": np.full((1, 48, 24), 255)}, r"must be 0, 1 or -100 \(void\), got 255"),
-    "box outside": ({"boxes": [[0, 0, 25, 10]]}, r"inside its image of height 48 and width 24, got \[0.0, 0.0, 25.0"),
-    "box turned round": ({"boxes": [[9, 0, 3, 10]]}, r"box 0 of example 'a.png' must be \(x0, y0, x1, y1\)"),
-    "unequal": ({"boxes": [[0, 0, 9, 9]] * 2}, r"as many of each, got {'masks': 1, 'boxes': 2}"),
-    "no object": ({"masks": np.zeros((0, 48, 24))}, "example 'a.png' has no object"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_example(collate, case):
-    change, message = BAD[case]
-    with pytest.raises(ValueError, match=message):
-        collate([example(48, 24, (4, 6, 9, 20)) | change])
-
-
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
@@ -108,6 +71,8 @@ def test_jitter():
     assert torch.equal(moved, jitter_boxes(box, (96, 96), generator()))
     assert not torch.equal(moved, jitter_boxes(box, (96, 96), generator(1)))
     wild = jitter_boxes(box, (70, 64), generator(), share=3.0)
+    at_corner = jitter_boxes(torch.tensor([[[0.0, 0, 9, 9]]]).expand(50, 1, 4), (70, 64), generator(), share=3.0)
+    assert at_corner[..., :2].amin((0, 1)).tolist() == [0, 0], "the first row and column are in the image"
     assert (wild[..., :2] >= 0).all()
     assert (wild[..., 2:] <= torch.tensor([63.0, 69])).all()
     assert (wild[..., :2] <= wild[..., 2:]).all()
@@ -148,6 +113,8 @@ def test_simulated_prompts(model, points_only):
         assert prompts["multimask_output"] == (points_only and rounds == 0)
         clicks = prompts["input_points"].shape[2] if "input_points" in prompts else 0
         assert clicks == points_only + rounds
+        if points_only:
+            assert prompts["input_labels"][:, :2, 0].eq(1).all(), "the first click is on the object"
         if clicks:
             assert prompts["input_labels"][0, 2].eq(PADDING_POINT).all(), "padding is never clicked on"
         assert ("input_masks" in prompts) == (rounds > 0)

@@ -19,18 +19,18 @@ ROOT = Path(__file__).parents[2]
 
 
 def examples():
-    """Eight pictures with two objects each: as many prompts in every part of a batch, so that means of means agree."""
-    pictures = draw(8, 3, IMAGE_SIZE, IMAGE_SIZE, seed=1)
+    """Eight images with two objects each: with the same number of prompts everywhere, means of means agree."""
+    images = draw(8, 3, IMAGE_SIZE, IMAGE_SIZE, seed=1)
     labels = torch.zeros(8, 2, IMAGE_SIZE, IMAGE_SIZE)
     for i in range(8):
         labels[i, 0, 10 + i : 50, 8 : 40 + i] = 1
         labels[i, 1, 40 : 90 - i, 30 + i : 80] = 1
     names = "pixel_values", "input_boxes", "labels"
-    return [dict(zip(names, item, strict=True)) for item in zip(pictures, boxes_around(labels), labels, strict=True)]
+    return [dict(zip(names, item, strict=True)) for item in zip(images, boxes_around(labels), labels, strict=True)]
 
 
 def train(folder: Path, batch: int, **options):
-    """Three steps of eight pictures; the adapter, and the model as it was and as it is."""
+    """Three steps of eight images; the adapter, and the model as it was and as it is."""
     torch.manual_seed(0)
     model = get_peft_model(split_model(stock_model()), LoraConfig(r=4, target_modules=["q", "v"]))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -81,6 +81,7 @@ def test_one_process(whole, tmp_path, options):
     assert_same_steps(whole, train(tmp_path, **options)[1])
 
 
+@pytest.mark.slow
 def test_two_processes(whole, tmp_path):
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     launch = "torch.distributed.run", "--standalone", "--nproc-per-node=2"
