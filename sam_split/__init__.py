@@ -11,6 +11,7 @@ from .configuration_sam_split import (
     SamSplitPromptEncoderConfig,
     SamSplitVisionConfig,
 )
+from .mask_generation_sam_split import SamSplitMaskGenerationPipeline
 from .modeling_sam_split import (
     VOID_LABEL,
     SamSplitImageSegmentationOutput,
@@ -28,6 +29,8 @@ CODE_FILES = (
     "configuration_sam_split.py",
     "attention_sam_split.py",
     "checks_sam_split.py",
+    "run_lengths_sam_split.py",
+    "mask_generation_sam_split.py",
     "modeling_sam_split.py",
 )
 
@@ -36,6 +39,7 @@ __all__ = [
     "SamSplitConfig",
     "SamSplitImageSegmentationOutput",
     "SamSplitMaskDecoderConfig",
+    "SamSplitMaskGenerationPipeline",
     "SamSplitModel",
     "SamSplitPreTrainedModel",
     "SamSplitPromptEncoderConfig",

@@ -18,6 +18,16 @@ AUTO_MAP = {
 }
 
 
+# The class that `pipeline("mask-generation", model=folder, trust_remote_code=True)` makes.
+CUSTOM_PIPELINES = {
+    "mask-generation": {
+        "impl": "mask_generation_sam_split.SamSplitMaskGenerationPipeline",
+        "pt": ["AutoModelForMaskGeneration"],
+        "type": "multimodal",
+    }
+}
+
+
 def _check_positive_integers(config, *names):
     for name in names:
         value = getattr(config, name)
@@ -311,6 +321,8 @@ class SamSplitConfig(PretrainedConfig):
         **kwargs,
     ):
         kwargs.pop("model_type", None)
+        if "auto_map" not in kwargs:  # a folder that has a map, and no pipeline, has no file for one either
+            kwargs.setdefault("custom_pipelines", CUSTOM_PIPELINES)
         # A map that lives in the config itself reaches every saved copy, whichever way the model was built.
         kwargs["auto_map"] = {**AUTO_MAP, **(kwargs.get("auto_map") or {})}
         vision = _sub_config(SamSplitVisionConfig, vision_config)

@@ -13,8 +13,9 @@ Shapes: `B` images, `P` prompts per image, `N` points per prompt, `T` tokens per
 per prompt, `H W` rows and columns of the token grid, `C` channels, `D` channels per head, `S` side of a window in
 tokens. Points and boxes are (x, y) in pixels of the resized, padded input; sizes are (height, width).
 
-This file and the three that it imports, `attention_`, `checks_` and `configuration_sam_split.py`, are copied into each
-saved model folder. They import torch, transformers and the standard library, and read no file, network or environment.
+This file and the five that it imports, `attention_`, `checks_`, `configuration_`, `mask_generation_` and
+`run_lengths_sam_split.py`, are copied into each saved model folder. They import torch, transformers and the standard
+library, and read no file, network or environment but the images that `generate_masks` is given.
 """
 
 import math
@@ -998,6 +999,28 @@ class SamSplitModel(SamSplitPreTrainedModel):
             mask_decoder_attentions=added,
         )
         return output if _default(return_dict, self.config, "return_dict") else output.to_tuple()
+
+    def generate_masks(self, images, **options):
+        """Segment everything in images: a grid of points over each, and every good mask once.
+
+        Args:
+            images: one image or several: paths, URLs, PIL images, arrays or tensors.
+            options: those of transformers' mask-generation pipeline and some more, all listed in
+                `mask_generation_sam_split.SamSplitMaskGenerationOptions`.
+
+        Returns:
+            A dict with `masks` and `scores` for an image, a list of them for a list.
+
+        Raises:
+            TypeError: for an unknown option, and for what is no image.
+            ValueError: for an option or an image out of range.
+        """
+        # Not at the top: only those who generate masks need what it imports. transformers copies both files with this
+        # one, versions before 5.11 no file but those that this one imports itself.
+        from .mask_generation_sam_split import generate_masks
+        from .run_lengths_sam_split import run_edges  # noqa: F401
+
+        return generate_masks(self, images, **options)
 
     def _image_positions(self, device):
         rows, columns = self.prompt_encoder.grid

@@ -1,0 +1,132 @@
+"""Photographs, oracles and thresholds for the tests of mask generation."""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+import transformers
+from models import meta_model, split_config, split_model, stock_model, tiny_config
+from PIL import Image
+from segment_anything import SamAutomaticMaskGenerator
+from skimage import data
+from transformers import SamImageProcessor, SamModel, pipeline
+
+from conversion import split_state_dict, to_meta
+from conversion.cli.demo import TINY_SAM
+from sam_split import SamSplitModel
+from sam_split.mask_generation_sam_split import SamSplitMaskGenerationOptions, _crops, _encode
+
+OLD = int(transformers.__version__.split(".")[0]) < 5  # its pipeline resizes by PIL, and fails on crops
+
+# Crops of real photographs, gray and in colour, wide and tall.
+PHOTOGRAPHS = {
+    "coins": Image.fromarray(data.coins()[:150, :230]).convert("RGB"),
+    "astronaut": Image.fromarray(data.astronaut()[:190, 130:260]),
+    "coffee": Image.fromarray(data.coffee()[150:290, 150:350]),
+}
+
+
+@functools.cache
+def theirs(name="tiny_sam"):
+    """Stock's model: the trained tiny SAM, or random weights of a geometry of which nothing was chosen."""
+    return SamModel.from_pretrained(TINY_SAM).eval() if name == "tiny_sam" else stock_model(tiny_config(), seed=5)
+
+
+@functools.cache
+def ours(name="tiny_sam"):
+    return split_model(theirs(name))
+
+
+def stock_pipeline(name="tiny_sam"):
+    side = theirs(name).config.vision_config.image_size
+    processor = SamImageProcessor.from_pretrained(TINY_SAM)
+    processor.size, processor.pad_size = {"longest_edge": side}, {"height": side, "width": side}
+    return pipeline("mask-generation", model=theirs(name), image_processor=processor, device="cpu")
+
+
+def model_for_meta():
+    """Ours with the tiny SAM's weights and the decoder's epsilon as Meta has it."""
+    model = SamSplitModel(split_config(theirs().config, layer_norm_eps=1e-5))
+    model.load_state_dict(split_state_dict(theirs().state_dict()))
+    return model.eval()
+
+
+def meta_generator(**options):
+    """Meta's generator with the tiny SAM's weights, on pixels that are resized as ours are."""
+    sam = meta_model(theirs().config)
+    sam.load_state_dict({**sam.state_dict(), **to_meta(model_for_meta().state_dict())})
+    generator = SamAutomaticMaskGenerator(sam.eval(), **options)
+
+    def resize(image):
+        transform = generator.predictor.transform
+        size = transform.get_preprocess_shape(*image.shape[:2], transform.target_length)
+        pixels = torch.from_numpy(image).permute(2, 0, 1)[None].contiguous()
+        resized = F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=True)
+        return resized[0].permute(1, 2, 0).numpy()
+
+    generator.predictor.transform.apply_image = resize
+    return generator
+
+
+@functools.cache
+def thresholds(name, photograph, layers, points, model=None):
+    """Options for half of the masks by IoU and two thirds of those by stability, with no score within 1e-4 of them."""
+    offset = 0.05 if name == "random" else 1  # random weights have small logits
+    found = (model or ours(name)).generate_masks(
+        PHOTOGRAPHS[photograph],
+        points_per_crop=points,
+        crops_n_layers=layers,
+        pred_iou_thresh=0,
+        stability_score_thresh=0,
+        stability_score_offset=offset,
+        crops_nms_thresh=1.0,
+        output_masks=False,
+        output_details=True,
+        progress=False,
+    )
+    iou, stability = found["scores"], found["stability_scores"]
+    iou_threshold = _between(iou, 0.5)
+    stability_threshold = _between(stability[iou > iou_threshold], 0.35)
+    return {
+        "pred_iou_thresh": iou_threshold,
+        "stability_score_thresh": stability_threshold,
+        "stability_score_offset": offset,
+        "crops_nms_thresh": 1.0 if name == "random" else 0.7,  # whose boxes are the whole image
+    }
+
+
+def _between(values, share):
+    values = values[~values.isnan()].sort().values
+    middle = int(share * len(values))
+    nearby = values[max(0, middle - 20) : middle + 20]
+    gap = nearby.diff().argmax()
+    assert nearby.diff()[gap] > 2.2e-4
+    return float(nearby[gap] + nearby[gap + 1]) / 2
+
+
+@torch.no_grad()
+def assert_same_masks(model, image, found, expected, threshold=0):
+    """Masks agree but where the logit is the threshold to 1e-5; returns the number of pixels that differ."""
+    differing = 0
+    for index, (mask, other) in enumerate(zip(found["masks"], expected, strict=True)):
+        different = mask != other
+        if different.any():
+            logits = _logits(model, image, found["points"][index], found["crop_boxes"][index], different)
+            assert (logits - threshold).abs().min(0).values.max() < 1e-5
+            differing += int(different.sum())
+    return differing
+
+
+def _logits(model, image, point, crop_box, where):
+    """Full-size logits (masks, pixels) of a point where `where` is true, by transformers' two interpolations."""
+    left, top, right, bottom = crop_box.tolist()
+    options = SamSplitMaskGenerationOptions()
+    points = point[None] - torch.tensor([left, top])
+    (crop,) = _crops(image.crop((left, top, right, bottom)), points, options, model.config)
+    scale = torch.tensor([crop.resized[1] / (right - left), crop.resized[0] / (bottom - top)])
+    output = model(image_embeddings=_encode(model, [crop], options), input_points=(points * scale)[None, :, None])
+    side = model.config.vision_config.image_size
+    scaled = F.interpolate(output.pred_masks[0], (side, side), mode="bilinear", align_corners=False)
+    scaled = scaled[..., : crop.resized[0], : crop.resized[1]]
+    scaled = F.interpolate(scaled, (bottom - top, right - left), mode="bilinear", align_corners=False)[0]
+    return scaled[:, where[top:bottom, left:right]]

@@ -1,0 +1,115 @@
+"""Masks of everything are those of transformers' pipeline and of Meta's generator: number, order, boxes and pixels."""
+
+import numpy as np
+import pytest
+import torch
+from everything import (
+    OLD,
+    PHOTOGRAPHS,
+    assert_same_masks,
+    meta_generator,
+    model_for_meta,
+    ours,
+    stock_pipeline,
+    thresholds,
+)
+from pycocotools import mask as coco
+
+IOU_TOLERANCE = 1e-5
+CASES = [
+    *(("tiny_sam", photograph, layers) for photograph in PHOTOGRAPHS for layers in (0, 1)),
+    *(("random", photograph, 0) for photograph in PHOTOGRAPHS),
+    ("random", "astronaut", 1),
+    ("tiny_sam", "coffee", 2),
+]
+
+
+def assert_same(model, image, found, expected):
+    assert len(expected["scores"]) > 4, "too few masks to compare"
+    assert len(found["scores"]) == len(expected["scores"])
+    assert torch.equal(found["bounding_boxes"], expected["bounding_boxes"].long())
+    torch.testing.assert_close(found["scores"], expected["scores"], atol=IOU_TOLERANCE, rtol=0)
+    assert_same_masks(model, image, found, expected["masks"])
+
+
+@pytest.mark.skipif(OLD, reason="this version's own pipeline resizes in another way and fails on crops")
+@pytest.mark.parametrize(("name", "photograph", "layers"), CASES)
+def test_stock_pipeline(name, photograph, layers):
+    points = 4 if layers == 2 else 8
+    options = {
+        "points_per_crop": points,
+        "crops_n_layers": layers,
+        "output_bboxes_mask": True,
+        **thresholds(name, photograph, layers, points),
+    }
+    expected = stock_pipeline(name)(PHOTOGRAPHS[photograph], **options)
+    found = ours(name).generate_masks(PHOTOGRAPHS[photograph], progress=False, output_details=True, **options)
+    assert_same(ours(name), PHOTOGRAPHS[photograph], found, expected)
+
+
+def test_stock_pipeline_of_every_version():
+    image = PHOTOGRAPHS["coins"].crop((0, 0, 128, 90))  # as large as the model's input: nothing is resized
+    options = {"points_per_crop": 8, "pred_iou_thresh": 0.3, "stability_score_thresh": 0.5, "output_bboxes_mask": True}
+    found = ours().generate_masks(image, output_details=True, **options)
+    assert_same(ours(), image, found, stock_pipeline()(image, **options))
+
+
+@pytest.mark.parametrize("photograph", PHOTOGRAPHS)
+def test_meta(photograph):
+    model, image = model_for_meta(), PHOTOGRAPHS[photograph]
+    limits = thresholds("meta", photograph, 0, 8, model=model)
+    expected = meta_generator(
+        points_per_side=8,
+        pred_iou_thresh=limits["pred_iou_thresh"],
+        stability_score_thresh=limits["stability_score_thresh"],
+        stability_score_offset=limits["stability_score_offset"],
+    ).generate(np.array(image))
+    found = model.generate_masks(
+        image,
+        points_per_crop=8,
+        output_details=True,
+        output_bboxes_mask=True,
+        progress=False,
+        **limits,
+    )
+    assert len(expected) == len(found["scores"]) > 4
+    differing = assert_same_masks(model, image, found, [torch.from_numpy(mask["segmentation"]) for mask in expected])
+    assert (found["areas"] - torch.tensor([mask["area"] for mask in expected])).abs().sum() <= differing
+    x0, y0, x1, y1 = found["bounding_boxes"].unbind(1)
+    assert torch.stack([x0, y0, x1 - x0, y1 - y0], 1).tolist() == [mask["bbox"] for mask in expected]
+    left, top, right, bottom = found["crop_boxes"].unbind(1)
+    assert torch.stack([left, top, right - left, bottom - top], 1).tolist() == [mask["crop_box"] for mask in expected]
+    for name, theirs in ("scores", "predicted_iou"), ("stability_scores", "stability_score"):
+        expected_scores = torch.tensor([mask[theirs] for mask in expected])
+        torch.testing.assert_close(found[name], expected_scores, atol=IOU_TOLERANCE, rtol=0)
+    expected_points = torch.tensor([mask["point_coords"][0] for mask in expected], dtype=torch.float32)
+    torch.testing.assert_close(found["points"], expected_points, atol=1e-4, rtol=0)
+
+
+def test_run_lengths_are_those_of_pycocotools():
+    found = ours().generate_masks(
+        PHOTOGRAPHS["coins"],
+        points_per_crop=6,
+        pred_iou_thresh=0,
+        stability_score_thresh=0,
+        output_rle_mask="compressed",
+        output_details=True,
+        progress=False,
+    )
+    uncompressed = ours().generate_masks(
+        PHOTOGRAPHS["coins"],
+        points_per_crop=6,
+        pred_iou_thresh=0,
+        stability_score_thresh=0,
+        output_rle_mask=True,
+        progress=False,
+    )["rle_mask"]
+    assert len(found["masks"]) > 10
+    for mask, run_lengths, counts, area in zip(
+        found["masks"], found["rle_mask"], uncompressed, found["areas"].tolist(), strict=True
+    ):
+        expected = coco.encode(np.asfortranarray(mask.numpy().astype(np.uint8)))
+        assert run_lengths["counts"] == expected["counts"].decode()
+        assert run_lengths["size"] == expected["size"]
+        assert coco.frPyObjects(counts, *counts["size"]) == expected
+        assert coco.area(expected) == area == mask.sum()
