@@ -56,7 +56,9 @@ def vision_attention(
     _check_implementation(implementation, dropout)
     path = attention_path("eager" if output_attentions else implementation, query.device.type, query.dtype)
     by_row, by_column = (by_offset(table).to(query.dtype) for table in tables)
-    to_windows, from_windows = window_indices(grid, window_size, query.device) if window_size else (None, None)
+    to_windows = from_windows = None
+    if window_size:
+        to_windows, from_windows = window_indices(grid, window_size, query.device)
     if path == "tiled":
         device_type = query.device.type if torch.amp.is_autocast_available(query.device.type) else "cpu"
         with torch.autocast(device_type, enabled=False):
@@ -76,7 +78,7 @@ def vision_attention(
         context, weights = folded_attention(query, key, value, rel_h, rel_w, scale), None
     context = context.transpose(1, 2)  # (B or B * windows, tokens, heads, D)
     if window_size:
-        context = context.unflatten(0, (-1, len(to_windows))).flatten(1, 2).index_select(1, from_windows)
+        context = context.unflatten(0, (-1, to_windows.shape[0])).flatten(1, 2).index_select(1, from_windows)
     return context, weights if output_attentions else None
 
 
