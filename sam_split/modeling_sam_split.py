@@ -13,9 +13,8 @@ Shapes: `B` images, `P` prompts per image, `N` points per prompt, `T` tokens per
 per prompt, `H W` rows and columns of the token grid, `C` channels, `D` channels per head, `S` side of a window in
 tokens. Points and boxes are (x, y) in pixels of the resized, padded input; sizes are (height, width).
 
-This file and the five that it imports, `attention_`, `checks_`, `configuration_`, `mask_generation_` and
-`run_lengths_sam_split.py`, are copied into each saved model folder. They import torch, transformers and the standard
-library, and read no file, network or environment but the images that `generate_masks` is given.
+This file and the five that it imports are copied into each saved model folder. They import torch, transformers and the
+standard library, and read no network, no environment and no file but the images that `generate_masks` is given.
 """
 
 import math
@@ -222,14 +221,12 @@ class SamSplitVisionEncoder(nn.Module):
         hidden_states = self.patch_embed(pixel_values)
         if self.pos_embed is not None:
             hidden_states = hidden_states + self.pos_embed
-        all_hidden_states, all_attentions = [], []
+        all_hidden_states, all_attentions = [hidden_states] if output_hidden_states else [], []
         for layer in self.layers:
-            if output_hidden_states:
-                all_hidden_states.append(hidden_states)
             hidden_states, weights = layer(hidden_states, output_attentions)
             all_attentions.append(weights)
-        if output_hidden_states:
-            all_hidden_states.append(hidden_states)
+            if output_hidden_states:
+                all_hidden_states.append(hidden_states)
         return SamSplitVisionEncoderOutput(
             last_hidden_state=self.neck(hidden_states),
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
@@ -370,7 +367,9 @@ class SamSplitAttention(nn.Module):
     are zero. The scores take less room than the image, so one path serves every `attn_implementation`.
 
     The image is not projected to values, nor is what it takes from the tokens projected back: attention weights sum to
-    one, so an affine layer may as well see the average of its inputs, or the few tokens that are averaged.
+    one, so an affine layer may as well see the average of its inputs, or the few tokens that are averaged. So dropout
+    that an adapter puts before `v_proj` (to the image) or `out_proj` (from it) acts once per token and head, and stock's
+    once per place of the image: the mean is equal, the noise is larger.
     """
 
     def __init__(self, config, downsample_rate):
@@ -771,6 +770,9 @@ class SamSplitPreTrainedModel(CompleteLoading, PreTrainedModel):
         def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
             super().gradient_checkpointing_enable({"use_reentrant": False, **(gradient_checkpointing_kwargs or {})})
 
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vision_encoder.patch_embed
+
     @classmethod
     def _can_set_attn_implementation(cls):
         return True  # each attention asks its config; transformers would look for calls that its own files make
@@ -807,9 +809,6 @@ class SamSplitVisionModel(SamSplitPreTrainedModel):
         super().__init__(config)
         self.vision_encoder = SamSplitVisionEncoder(config)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.vision_encoder.patch_embed
 
     def forward(
         self,
@@ -868,9 +867,6 @@ class SamSplitModel(SamSplitPreTrainedModel):
         self.prompt_encoder = SamSplitPromptEncoder(config.prompt_encoder_config)
         self.mask_decoder = SamSplitMaskDecoder(config.mask_decoder_config)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.vision_encoder.patch_embed
 
     def get_image_wide_positional_embeddings(self) -> torch.Tensor:
         """The positional embedding (1, C, H, W) of every place in the grid."""
@@ -980,15 +976,9 @@ class SamSplitModel(SamSplitPreTrainedModel):
         sparse, dense = self._embed_prompts(input_points, input_labels, input_boxes, input_masks, check)
         if labels is not None:
             self._check_labels(labels, check)
+        positions, personal = self._image_positions(image_embeddings.device), (attention_similarity, target_embedding)
         masks, ious, added = self.mask_decoder(
-            image_embeddings,
-            self._image_positions(image_embeddings.device),
-            sparse,
-            dense,
-            multimask_output,
-            attention_similarity,
-            target_embedding,
-            output_attentions,
+            image_embeddings, positions, sparse, dense, multimask_output, *personal, output_attentions
         )
         output = SamSplitImageSegmentationOutput(
             loss=None if labels is None else segmentation_loss(masks, ious, labels),
@@ -1001,22 +991,11 @@ class SamSplitModel(SamSplitPreTrainedModel):
         return output if _default(return_dict, self.config, "return_dict") else output.to_tuple()
 
     def generate_masks(self, images, **options):
-        """Segment everything in images: a grid of points over each, and every good mask once.
+        """Segment everything: points all over each image, and every good mask once.
 
-        Args:
-            images: one image or several: paths, URLs, PIL images, arrays or tensors.
-            options: those of transformers' mask-generation pipeline and some more, all listed in
-                `mask_generation_sam_split.SamSplitMaskGenerationOptions`.
-
-        Returns:
-            A dict with `masks` and `scores` for an image, a list of them for a list.
-
-        Raises:
-            TypeError: for an unknown option, and for what is no image.
-            ValueError: for an option or an image out of range.
+        Arguments, results and errors are those of `mask_generation_sam_split.generate_masks`.
         """
-        # Not at the top: only those who generate masks need what it imports. transformers copies both files with this
-        # one, versions before 5.11 no file but those that this one imports itself.
+        # Not at the top, for its imports; both, because transformers before 5.11 copies only what this file imports.
         from .mask_generation_sam_split import generate_masks
         from .run_lengths_sam_split import run_edges  # noqa: F401
 
