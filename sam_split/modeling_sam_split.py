@@ -368,8 +368,8 @@ class SamSplitAttention(nn.Module):
 
     The image is not projected to values, nor is what it takes from the tokens projected back: attention weights sum to
     one, so an affine layer may as well see the average of its inputs, or the few tokens that are averaged. So dropout
-    that an adapter puts before `v_proj` (to the image) or `out_proj` (from it) acts once per token and head, and stock's
-    once per place of the image: the mean is equal, the noise is larger.
+    that an adapter puts before `v_proj` (to the image) or `out_proj` (from it) acts once per token and head, that of
+    stock once per place of the image: the mean is equal, the noise is larger.
     """
 
     def __init__(self, config, downsample_rate):
