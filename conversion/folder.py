@@ -43,7 +43,7 @@ def config_fields(config, format: str) -> dict:
         "transformers_version": transformers.__version__,
     }
     if format == "split":
-        content["auto_map"] = config.auto_map
+        content |= {"auto_map": config.auto_map, "custom_pipelines": config.custom_pipelines}
     for part, config_class in _parts().items():
         values = {name: getattr(getattr(config, part), name) for name in _field_names(config_class)}
         model_type = config_class.model_type if format == "split" else config_class.model_type.replace("_split", "")

@@ -109,7 +109,7 @@ def assert_same_masks(model, image, found, expected, threshold=0):
     """Masks agree but where the logit is the threshold to 1e-5; returns the number of pixels that differ."""
     differing = 0
     for index, (mask, other) in enumerate(zip(found["masks"], expected, strict=True)):
-        different = mask != other
+        different = mask != torch.as_tensor(other)
         if different.any():
             logits = _logits(model, image, found["points"][index], found["crop_boxes"][index], different)
             assert (logits - threshold).abs().min(0).values.max() < 1e-5
