@@ -302,6 +302,10 @@ def _point_grid(layer, options):
     """The (N, 2) points of a layer's crops, (x, y) in [0, 1]."""
     if options.point_grids is not None:
         grids = options.point_grids
+        if isinstance(grids, (list, tuple)) and layer >= len(grids):
+            raise ValueError(
+                f"point_grids has {len(grids)} grids, and layer {layer} of the crops needs one of its own"
+            )
         grid = torch.as_tensor(grids[layer] if isinstance(grids, (list, tuple)) else grids, dtype=torch.float32)
         if grid.ndim != 2 or grid.shape[1] != 2 or not bool(((grid >= 0) & (grid <= 1)).all()):
             raise ValueError(f"a point grid must be (N, 2) in [0, 1], got {tuple(grid.shape)} or values beyond")

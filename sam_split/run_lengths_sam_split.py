@@ -103,7 +103,8 @@ def _boxes(masks, down, across, low):
         extents += [seen.int().argmax(1), seen.shape[1] - 1 - seen.flip(1).int().argmax(1)]
     *extents, some = torch.stack([*extents, hot.flatten(1).any(1)]).tolist()
     (top, bottom), (left, right) = down.reached(*extents[:2]), across.reached(*extents[2:])
-    some = [index for index, seen in enumerate(some) if seen]
+    # A shrunk mask has places, and its padding is made of places, that no pixel depends on.
+    some = (torch.tensor(some, dtype=torch.bool) & (top < bottom) & (left < right)).nonzero()[:, 0].tolist()
     crop_bytes = BYTES_PER_PIXEL * len(down.matrix) * len(across.matrix)
     together = 1 if masks.device.type == "cpu" else max(1, work_bytes(masks.device) // crop_bytes)
     chunks = [some[start : start + together] for start in range(0, len(some), together)]
