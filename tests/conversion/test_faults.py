@@ -120,6 +120,7 @@ def test_a_full_disk_leaves_nothing(format, stock_folder, tmp_path, capfd):
     assert [path.name for path in tmp_path.iterdir()] == ["split"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["split", "meta"])
 def test_killed_at_any_moment_it_leaves_no_out_or_a_whole_one(format, stock_folder, expected, tmp_path):
     convert(stock_folder, tmp_path / "split", progress=False)
@@ -235,6 +236,7 @@ def test_a_bit_that_flips_on_its_way_into_a_pth_is_noticed(stock_folder, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["split"]
 
 
+@pytest.mark.slow
 def test_the_whole_command_from_a_shell(stock_folder, expected, tmp_path):
     argv = [sys.executable, "-m", "conversion", *command("convert", stock_folder, tmp_path / "out")]
     run = subprocess.run(argv, capture_output=True, text=True)

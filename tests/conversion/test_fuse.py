@@ -77,6 +77,7 @@ def test_stock_loads_a_fused_folder_without_a_missing_or_unexpected_key(split_fo
     assert (config["model_type"], config["architectures"], "auto_map" in config) == ("sam", ["SamModel"], False)
 
 
+@pytest.mark.slow
 def test_metas_registry_loads_a_fused_vit_b(tmp_path):
     """Real geometry: stock's random ViT-B, through our folder, into segment_anything's own loader."""
     torch.manual_seed(0)

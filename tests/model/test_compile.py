@@ -26,6 +26,7 @@ def test_compiled(tiny, compiled):
         assert_same_outputs(stock_forward(compiled, pixels(), **inputs), stock_forward(tiny, pixels(), **inputs))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     Version(torch.__version__) < Version("2.13"),
     reason="torch 2.6 compiles this backward pass with strides that its own kernels do not return",

@@ -141,6 +141,7 @@ def errors(folder, tmp_path_factory):
     return json.loads(printed.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BREAKS)
 def test_use(errors, name):
     """The whole folder raises and warns of nothing; a broken one does on the versions that it breaks on."""
