@@ -54,6 +54,7 @@ def test_config_says_nothing_of_its_version(folder):
     assert set(config) == {
         "architectures",
         "auto_map",
+        "custom_pipelines",
         "dtype",
         "mask_decoder_config",
         "model_type",
