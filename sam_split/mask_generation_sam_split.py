@@ -39,10 +39,10 @@ from .run_lengths_sam_split import (
     run_edges,
     suppress,
     without_small_regions,
-    work_bytes,
 )
 
 LARGEST_IMAGE = 100_000_000  # pixels
+DECODED_BYTES = 2**26  # of masks that the decoder returns at once
 
 
 @dataclass
@@ -380,7 +380,7 @@ def _decode(model, crop, embedding, options, bar):
     across = Axis(4 * columns // patch, columns, crop.resized[1], width, device)
     ratio = torch.tensor([crop.resized[1] / width, crop.resized[0] / height])
     corner = torch.tensor([crop.left, crop.top])
-    limit = work_bytes(device) // (12 * down.matrix.shape[1] * across.matrix.shape[1])  # three masks in float32
+    limit = DECODED_BYTES // (12 * down.matrix.shape[1] * across.matrix.shape[1])  # three masks in float32
     for points in crop.points.split(max(1, min(options.points_per_batch or limit, limit))):
         if not len(points):
             continue

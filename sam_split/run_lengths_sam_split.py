@@ -9,15 +9,22 @@ This file is copied into each saved model folder. It imports torch alone and rea
 import torch
 import torch.nn.functional as F
 
-# What may be held of masks that are being scaled up, whatever the sizes of the image and of the masks.
-WORK_BYTES_CPU, WORK_BYTES_ACCELERATOR = 2**25, 2**28
+# What is held of masks that are being scaled up, whatever the sizes of the image and of the masks. A CPU's allocator
+# keeps larger blocks apart, and does not give them back.
+WORK_BYTES_CPU, WORK_BYTES_ACCELERATOR = 2**22, 2**28
 BYTES_PER_PIXEL = 8  # a float32 logit, and bytes for the comparisons
+ROWS_AT_ONCE = 128  # these depend on few rows of a mask, so that their matrix product is small
 EDGE = 20  # a box so many pixels from an edge of its crop is of an object that the crop cuts
 HUGE = 1e30  # instead of an infinite logit, whose product with a weight of 0 is not a number
 
 
 def work_bytes(device):
     return WORK_BYTES_CPU if device.type == "cpu" else WORK_BYTES_ACCELERATOR
+
+
+def masks_at_once(device, crop_bytes):
+    """On a CPU each mask is scaled in its own box; an accelerator wants many at once, in a box that holds them all."""
+    return 1 if device.type == "cpu" else max(1, work_bytes(device) // crop_bytes)
 
 
 class Axis:
@@ -49,6 +56,15 @@ class Axis:
         """The places that pixels from `start` to `end` depend on."""
         return slice(int(self.first[start]), int(self.last[end - 1]) + 1)
 
+    def scale(self, places, offset, start, end):
+        """(..., places from `offset` on) to (..., pixels from `start` to `end`)."""
+        pieces = []
+        for first in range(start, end, ROWS_AT_ONCE):
+            after = min(first + ROWS_AT_ONCE, end)
+            used = self.support(first, after)
+            pieces.append(places[..., used.start - offset : used.stop - offset] @ self.matrix[first:after, used].T)
+        return torch.cat(pieces, dim=-1)
+
 
 def run_edges(masks, down, across, corner, image_height, threshold, offset):
     """Scale masks up, piece by piece, and keep where they cross the threshold.
@@ -78,9 +94,9 @@ def run_edges(masks, down, across, corner, image_height, threshold, offset):
             columns = across.support(start, end)
             part = masks[where, rows, columns].float().nan_to_num(-HUGE, HUGE, -HUGE).transpose(1, 2)
             # (m, columns, rows), so that runs lie in memory as they are counted
-            logits = across.matrix[start:end, columns] @ part @ down.matrix[top:bottom, rows].T
-            inner[where] += torch.count_nonzero(logits > threshold + offset, (1, 2))
-            outer[where] += torch.count_nonzero(logits > threshold - offset, (1, 2))
+            logits = down.scale(across.matrix[start:end, columns] @ part, rows.start, top, bottom)
+            inner[where] += _count(logits > threshold + offset)
+            outer[where] += _count(logits > threshold - offset)
             inside = F.pad(logits > threshold, (1, 1))
             mask, column, row = (inside[..., 1:] != inside[..., :-1]).nonzero().unbind(1)
             place = (corner[0] + start + column) * image_height + corner[1] + top + row
@@ -90,11 +106,15 @@ def run_edges(masks, down, across, corner, image_height, threshold, offset):
     return [torch.cat(pieces) for pieces in edges], (inner / outer).tolist()
 
 
-def _boxes(masks, down, across, low):
-    """The pixels that can exceed `low`: lists of indices of masks, with the rows and the columns to scale for them.
+def _count(inside):
+    """The pixels (n,) of (n, columns, rows) that are true."""
+    if inside.device.type != "cpu":
+        return inside.sum((1, 2))
+    return torch.stack([torch.count_nonzero(mask) for mask in inside])  # a CPU's sum would make an int64 of each
 
-    On a CPU each mask has its own box; an accelerator wants many at once, in a box that holds them all.
-    """
+
+def _boxes(masks, down, across, low):
+    """The pixels that can exceed `low`: lists of indices of masks, with the rows and the columns to scale for them."""
     if not len(masks):
         return []
     hot = masks > low
@@ -106,7 +126,7 @@ def _boxes(masks, down, across, low):
     # A shrunk mask has places, and its padding is made of places, that no pixel depends on.
     some = (torch.tensor(some, dtype=torch.bool) & (top < bottom) & (left < right)).nonzero()[:, 0].tolist()
     crop_bytes = BYTES_PER_PIXEL * len(down.matrix) * len(across.matrix)
-    together = 1 if masks.device.type == "cpu" else max(1, work_bytes(masks.device) // crop_bytes)
+    together = masks_at_once(masks.device, crop_bytes)
     chunks = [some[start : start + together] for start in range(0, len(some), together)]
     return [
         (chunk, (int(top[chunk].min()), int(bottom[chunk].max())), (int(left[chunk].min()), int(right[chunk].max())))

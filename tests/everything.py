@@ -2,6 +2,7 @@
 
 import functools
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
@@ -17,6 +18,8 @@ from sam_split import SamSplitModel
 from sam_split.mask_generation_sam_split import SamSplitMaskGenerationOptions, _crops, _encode
 
 OLD = int(transformers.__version__.split(".")[0]) < 5  # its pipeline resizes by PIL, and fails on crops
+
+IOU_TOLERANCE = 1e-5
 
 # Crops of real photographs, gray and in colour, wide and tall.
 PHOTOGRAPHS = {
@@ -44,6 +47,7 @@ def stock_pipeline(name="tiny_sam"):
     return pipeline("mask-generation", model=theirs(name), image_processor=processor, device="cpu")
 
 
+@functools.cache
 def model_for_meta():
     """Ours with the tiny SAM's weights and the decoder's epsilon as Meta has it."""
     model = SamSplitModel(split_config(theirs().config, layer_norm_eps=1e-5))
@@ -130,3 +134,54 @@ def _logits(model, image, point, crop_box, where):
     scaled = scaled[..., : crop.resized[0], : crop.resized[1]]
     scaled = F.interpolate(scaled, (bottom - top, right - left), mode="bilinear", align_corners=False)[0]
     return scaled[:, where[top:bottom, left:right]]
+
+
+@functools.cache
+def meta_options(photograph):
+    return {"points_per_crop": 8, **thresholds("meta", photograph, 0, 8, model=model_for_meta())}
+
+
+@functools.cache
+def metas_masks(photograph):
+    """What Meta's generator returns for the same weights, points, thresholds and resized pixels."""
+    limits = dict(meta_options(photograph))
+    points, nms = limits.pop("points_per_crop"), limits.pop("crops_nms_thresh")
+    return meta_generator(points_per_side=points, box_nms_thresh=nms, **limits).generate(
+        np.array(PHOTOGRAPHS[photograph])
+    )
+
+
+def assert_as_meta(photograph):
+    """Number, order, boxes, crops, points, scores and pixels are those of Meta's generator."""
+    model, image, expected = model_for_meta(), PHOTOGRAPHS[photograph], metas_masks(photograph)
+    found = model.generate_masks(
+        image, output_details=True, output_bboxes_mask=True, progress=False, **meta_options(photograph)
+    )
+    assert len(expected) == len(found["scores"]) > 4
+    x0, y0, x1, y1 = found["bounding_boxes"].unbind(1)
+    assert torch.stack([x0, y0, x1 - x0, y1 - y0], 1).tolist() == [mask["bbox"] for mask in expected]
+    differing = assert_same_masks(model, image, found, [torch.from_numpy(mask["segmentation"]) for mask in expected])
+    assert (found["areas"] - torch.tensor([mask["area"] for mask in expected])).abs().sum() <= differing
+    left, top, right, bottom = found["crop_boxes"].unbind(1)
+    assert torch.stack([left, top, right - left, bottom - top], 1).tolist() == [mask["crop_box"] for mask in expected]
+    for name, theirs in ("scores", "predicted_iou"), ("stability_scores", "stability_score"):
+        expected_scores = torch.tensor([mask[theirs] for mask in expected])
+        torch.testing.assert_close(found[name], expected_scores, atol=IOU_TOLERANCE, rtol=0)
+    expected_points = torch.tensor([mask["point_coords"][0] for mask in expected], dtype=torch.float32)
+    torch.testing.assert_close(found["points"], expected_points, atol=1e-4, rtol=0)
+
+
+class Decoder(torch.nn.Module):
+    """The tiny SAM, whose masks and scores pass a function first."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.config, self.device, self.change = ours().config, torch.device("cpu"), change
+
+    def get_image_embeddings(self, pixel_values):
+        return ours().get_image_embeddings(pixel_values)
+
+    def forward(self, **inputs):
+        output = ours()(**inputs)
+        output.pred_masks, output.iou_scores = self.change(output.pred_masks.clone(), output.iou_scores.clone())
+        return output

@@ -4,18 +4,17 @@ import numpy as np
 import pytest
 import torch
 from everything import (
+    IOU_TOLERANCE,
     OLD,
     PHOTOGRAPHS,
+    assert_as_meta,
     assert_same_masks,
-    meta_generator,
-    model_for_meta,
     ours,
     stock_pipeline,
     thresholds,
 )
 from pycocotools import mask as coco
 
-IOU_TOLERANCE = 1e-5
 CASES = [
     *(("tiny_sam", photograph, layers) for photograph in PHOTOGRAPHS for layers in (0, 1)),
     *(("random", photograph, 0) for photograph in PHOTOGRAPHS),
@@ -56,34 +55,7 @@ def test_stock_pipeline_of_every_version():
 
 @pytest.mark.parametrize("photograph", PHOTOGRAPHS)
 def test_meta(photograph):
-    model, image = model_for_meta(), PHOTOGRAPHS[photograph]
-    limits = thresholds("meta", photograph, 0, 8, model=model)
-    expected = meta_generator(
-        points_per_side=8,
-        pred_iou_thresh=limits["pred_iou_thresh"],
-        stability_score_thresh=limits["stability_score_thresh"],
-        stability_score_offset=limits["stability_score_offset"],
-    ).generate(np.array(image))
-    found = model.generate_masks(
-        image,
-        points_per_crop=8,
-        output_details=True,
-        output_bboxes_mask=True,
-        progress=False,
-        **limits,
-    )
-    assert len(expected) == len(found["scores"]) > 4
-    differing = assert_same_masks(model, image, found, [torch.from_numpy(mask["segmentation"]) for mask in expected])
-    assert (found["areas"] - torch.tensor([mask["area"] for mask in expected])).abs().sum() <= differing
-    x0, y0, x1, y1 = found["bounding_boxes"].unbind(1)
-    assert torch.stack([x0, y0, x1 - x0, y1 - y0], 1).tolist() == [mask["bbox"] for mask in expected]
-    left, top, right, bottom = found["crop_boxes"].unbind(1)
-    assert torch.stack([left, top, right - left, bottom - top], 1).tolist() == [mask["crop_box"] for mask in expected]
-    for name, theirs in ("scores", "predicted_iou"), ("stability_scores", "stability_score"):
-        expected_scores = torch.tensor([mask[theirs] for mask in expected])
-        torch.testing.assert_close(found[name], expected_scores, atol=IOU_TOLERANCE, rtol=0)
-    expected_points = torch.tensor([mask["point_coords"][0] for mask in expected], dtype=torch.float32)
-    torch.testing.assert_close(found["points"], expected_points, atol=1e-4, rtol=0)
+    assert_as_meta(photograph)
 
 
 def test_run_lengths_are_those_of_pycocotools():

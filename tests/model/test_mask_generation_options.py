@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from everything import PHOTOGRAPHS, ours
+from everything import PHOTOGRAPHS, Decoder, ours
 from PIL import Image
 from skimage.measure import label, regionprops
 from transformers.utils import logging
@@ -232,22 +232,6 @@ def test_half_precision(dtype):
     assert len(found["masks"]) > 0
     best = max((mask & expected["masks"][0]).sum() / (mask | expected["masks"][0]).sum() for mask in found["masks"])
     assert best > 0.9
-
-
-class Decoder(torch.nn.Module):
-    """The tiny SAM, whose masks and scores pass a function first."""
-
-    def __init__(self, change):
-        super().__init__()
-        self.config, self.device, self.change = ours().config, torch.device("cpu"), change
-
-    def get_image_embeddings(self, pixel_values):
-        return ours().get_image_embeddings(pixel_values)
-
-    def forward(self, **inputs):
-        output = ours()(**inputs)
-        output.pred_masks, output.iou_scores = self.change(output.pred_masks.clone(), output.iou_scores.clone())
-        return output
 
 
 def test_what_is_not_a_number_is_outside():
