@@ -29,6 +29,7 @@ CODE_FILES = (
     "configuration_sam_split.py",
     "attention_sam_split.py",
     "checks_sam_split.py",
+    "images_sam_split.py",
     "run_lengths_sam_split.py",
     "mask_generation_sam_split.py",
     "modeling_sam_split.py",

@@ -8,8 +8,8 @@ bounded number of bytes at once; what is kept of a mask are its run lengths.
 
 Sizes are (height, width), points (x, y), boxes (x0, y0, x1, y1), in pixels of the image.
 
-This file and `run_lengths_sam_split.py` are copied into each saved model folder. They import torch, transformers and
-the standard library, and open no file but the images they are given.
+This file, `images_` and `run_lengths_sam_split.py` are copied into each saved model folder. They import torch,
+transformers and the standard library, and open no file but the images they are given.
 
 Source: Segment Anything (arXiv 2304.02643), appendix B.
 """
@@ -24,9 +24,9 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F
 from transformers import Pipeline
-from transformers.image_utils import load_image
 from transformers.utils import logging
 
+from .images_sam_split import pixels_of
 from .run_lengths_sam_split import (
     Axis,
     box_of,
@@ -41,7 +41,6 @@ from .run_lengths_sam_split import (
     without_small_regions,
 )
 
-LARGEST_IMAGE = 100_000_000  # pixels
 DECODED_BYTES = 2**26  # of masks that the decoder returns at once
 
 
@@ -174,7 +173,10 @@ def _options(given):
 
 def _results(model, images, points, options):
     """Yield a result per image; crops of one or of several images pass the encoder together."""
-    total = None if points is not None or not hasattr(images, "__len__") else len(images) * _points_in_all(options)
+    layers = range(options.crops_n_layers + 1)
+    total = None  # where it is known only once the images are open
+    if points is None and hasattr(images, "__len__"):
+        total = len(images) * sum(4**layer * len(_point_grid(layer, options)) for layer in layers)
     images = iter(images)
     points = itertools.repeat(None) if points is None else iter(points)
     jobs = (crop for image in images for crop in _crops(image, next(points, None), options, model.config))
@@ -189,65 +191,7 @@ def _results(model, images, points, options):
                     found = []
 
 
-def _points_in_all(options):
-    layers = range(options.crops_n_layers + 1)
-    return sum(4**layer * len(_point_grid(layer, options)) for layer in layers)
-
-
-# Images, crops and points
-
-
-def _pixels(image, timeout=None):
-    """An image as (3, height, width) uint8."""
-    if isinstance(image, (str, os.PathLike)):
-        image = _open(os.fspath(image), timeout)
-    if hasattr(image, "convert"):  # a PIL image
-        if not image.mode.startswith("I"):
-            image = load_image(image)
-            image = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
-        else:  # PIL's own conversion would clip 16 bits
-            kind = torch.int32 if image.mode == "I" else torch.uint16
-            values = torch.frombuffer(bytearray(image.tobytes()), dtype=kind).view(image.height, image.width)
-            image = (values.int().clamp(0, 65535) / 257).round().byte()
-        channels_last = True
-    else:
-        channels_last = not isinstance(image, torch.Tensor)
-        image = torch.as_tensor(image).detach().cpu()
-    shape = tuple(image.shape)
-    if image.ndim == 3 and ((channels_last and shape[2] in (1, 3, 4)) or shape[0] not in (1, 3, 4)):
-        image = image.permute(2, 0, 1)  # (channels, height, width)
-    image = image[None] if image.ndim == 2 else image
-    if image.ndim != 3 or image.shape[0] not in (1, 3, 4) or 0 in shape:
-        raise ValueError(f"an image must be (height, width) with 1, 3 or 4 channels beside them, got {shape}")
-    if image.shape[1] * image.shape[2] > LARGEST_IMAGE:
-        raise ValueError(
-            f"an image of {image.shape[2]} x {image.shape[1]} pixels is larger than {LARGEST_IMAGE // 10**6} MP; cut "
-            "it into tiles or make it smaller"
-        )
-    image = image[:3].expand(3, -1, -1)
-    if image.dtype == torch.uint16:
-        image = (image.int() / 257).round()
-    elif image.dtype == torch.bool:
-        image = image.byte() * 255
-    elif image.is_floating_point():
-        if not bool(((image >= 0) & (image <= 1)).all()):
-            raise ValueError("a floating-point image must lie in [0, 1]; divide it by its largest possible value")
-        image = (image.float() * 255).round()
-    elif image.dtype != torch.uint8 and not (0 <= image.min() and image.max() <= 255):
-        raise ValueError(f"an image of {image.dtype} must lie in [0, 255]; convert it to uint8 or uint16")
-    return image.byte().contiguous()
-
-
-def _open(path, timeout):
-    try:
-        from PIL import Image
-    except ImportError:
-        return load_image(path, timeout=timeout)  # says what is missing
-    if not os.path.isfile(path):
-        return load_image(path, timeout=timeout)
-    with Image.open(path) as image:
-        image.load()
-    return image
+# Crops and points
 
 
 @dataclass
@@ -265,7 +209,7 @@ class _Crop:
 
 def _crops(image, input_points, options, config):
     """The crops of an image, layer by layer, those of no pixel left out."""
-    pixels = _pixels(image, options.timeout)
+    pixels = pixels_of(image, options.timeout)
     size = height, width = tuple(pixels.shape[1:])
     found = []
     for layer in range(options.crops_n_layers + 1):
@@ -395,15 +339,8 @@ def _decode(model, crop, embedding, options, bar):
                 masks, scores = masks[kept], scores[kept]
             else:
                 kept = torch.arange(len(scores))
-            edges, stability = run_edges(
-                masks,
-                down,
-                across,
-                (crop.left, crop.top),
-                crop.full_size[0],
-                options.mask_threshold,
-                options.stability_score_offset,
-            )
+            limits = options.mask_threshold, options.stability_score_offset
+            edges, stability = run_edges(masks, down, across, (crop.left, crop.top), crop.full_size[0], *limits)
         places = (points + corner)[kept.cpu() // per_point]
         for mask, score, stable, place in zip(edges, scores.tolist(), stability, places.tolist(), strict=True):
             if options.stability_score_thresh > 0 and not stable > options.stability_score_thresh:

@@ -13,7 +13,7 @@ Shapes: `B` images, `P` prompts per image, `N` points per prompt, `T` tokens per
 per prompt, `H W` rows and columns of the token grid, `C` channels, `D` channels per head, `S` side of a window in
 tokens. Points and boxes are (x, y) in pixels of the resized, padded input; sizes are (height, width).
 
-This file and the five that it imports are copied into each saved model folder. They import torch, transformers and the
+This file and the six that it imports are copied into each saved model folder. They import torch, transformers and the
 standard library, and read no network, no environment and no file but the images that `generate_masks` is given.
 """
 
@@ -995,7 +995,8 @@ class SamSplitModel(SamSplitPreTrainedModel):
 
         Arguments, results and errors are those of `mask_generation_sam_split.generate_masks`.
         """
-        # Not at the top, for its imports; both, because transformers before 5.11 copies only what this file imports.
+        # Not at the top, for its imports; all, because transformers before 5.11 copies only what this file imports.
+        from .images_sam_split import pixels_of  # noqa: F401
         from .mask_generation_sam_split import generate_masks
         from .run_lengths_sam_split import run_edges  # noqa: F401
 

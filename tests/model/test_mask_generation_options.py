@@ -12,7 +12,8 @@ from skimage.measure import label, regionprops
 from transformers.utils import logging
 
 from sam_split import run_lengths_sam_split as runs
-from sam_split.mask_generation_sam_split import _crop_boxes, _pixels
+from sam_split.images_sam_split import pixels_of
+from sam_split.mask_generation_sam_split import _crop_boxes
 
 OPTIONS = {"points_per_crop": 4, "pred_iou_thresh": 0.2, "stability_score_thresh": 0.3, "output_bboxes_mask": True}
 COFFEE = PHOTOGRAPHS["coffee"]
@@ -49,7 +50,7 @@ def assert_identical(found, expected):
 )
 def test_images_of_every_kind_in_colour(image):
     expected = torch.from_numpy(ARRAY).permute(2, 0, 1)
-    assert torch.equal(_pixels(image if not isinstance(image, np.ndarray) else image.copy()), expected)
+    assert torch.equal(pixels_of(image if not isinstance(image, np.ndarray) else image.copy()), expected)
 
 
 @pytest.mark.parametrize(
@@ -67,13 +68,13 @@ def test_images_of_every_kind_in_colour(image):
     ],
 )
 def test_images_of_every_kind_in_gray(image):
-    assert torch.equal(_pixels(image), torch.from_numpy(GRAY.copy()).expand(3, -1, -1))
+    assert torch.equal(pixels_of(image), torch.from_numpy(GRAY.copy()).expand(3, -1, -1))
 
 
 def test_files(tmp_path):
     Image.fromarray(GRAY.astype(np.uint16) * 257).save(tmp_path / "deep.png")
     COFFEE.convert("RGBA").save(tmp_path / "rgba.png")
-    assert torch.equal(_pixels(tmp_path / "deep.png"), torch.from_numpy(GRAY.copy()).expand(3, -1, -1))
+    assert torch.equal(pixels_of(tmp_path / "deep.png"), torch.from_numpy(GRAY.copy()).expand(3, -1, -1))
     assert_identical(generate(str(tmp_path / "rgba.png")), generate())
 
 
@@ -81,7 +82,7 @@ def test_a_photograph_stands_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
     COFFEE.save(tmp_path / "turned.png", exif=exif)
-    assert _pixels(tmp_path / "turned.png").shape == (3, COFFEE.width, COFFEE.height)
+    assert pixels_of(tmp_path / "turned.png").shape == (3, COFFEE.width, COFFEE.height)
 
 
 @pytest.mark.parametrize(
