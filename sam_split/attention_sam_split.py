@@ -8,13 +8,17 @@
     folded    the fused kernels        CUDA; everywhere under torch.compile and torch.export
     tiled     one tile of scores       a CPU, and every other accelerator, whose fused kernels may hold all scores
 
-Shapes: `B` images, `H W` rows and columns of the token grid, `D` channels per head, `S` side of a window in tokens.
+The mask decoder's attention takes its algebra on rows of tokens from here: `can_fold` to `softmax`.
+
+Shapes: `B` images, `P` prompts, `T` tokens per prompt, `H W` rows and columns of the token grid, `C` channels, `D`
+channels per head, `S` side of a window in tokens.
 
 This file is copied into each saved model folder. It imports torch alone and reads no file, network or environment.
 """
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.autograd.function import once_differentiable
 
 # Scores of one tile: 4 MB in float32, which a core's caches keep; on an accelerator, few tiles keep it busy.
@@ -109,6 +113,43 @@ def attention_path(implementation: str, device_type: str, dtype: torch.dtype) ->
 def on_cpu(tensor: torch.Tensor) -> bool:
     """Whether to work in pieces that a CPU's caches keep. Meta tensors, on which operations are counted, count too."""
     return tensor.device.type in ("cpu", "meta") and not torch.compiler.is_compiling()
+
+
+def in_pieces(tokens: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
+    """(B, P, tokens, C), on a CPU that many tokens at a time, so that what is made of a piece stays in its caches."""
+    return tokens.split(size, dim=2) if on_cpu(tokens) else (tokens,)
+
+
+def can_fold(layer: nn.Module, rows: int) -> bool:
+    """Whether that many rows of tokens should pass through a layer, transposed, in place of the image through it.
+
+    Only where the layer is its weight and its bias: not one with an adapter, hooks, or offloaded or quantised weights.
+    """
+    if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter or torch.compiler.is_compiling():
+        return False
+    hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
+    narrow, wide = layer.weight.shape
+    cheaper = rows * (wide - narrow) < wide * narrow  # multiplications for each place of the image
+    return cheaper and not any(hooks) and "forward" not in vars(layer)
+
+
+def matmul_shared(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """(B, P, R, K) @ (B, P or 1, K, L) to (B, P, R, L), without a copy per prompt of a matrix that prompts share."""
+    if matrix.shape[1] == rows.shape[1]:
+        return rows @ matrix
+    return (rows.flatten(1, 2) @ matrix[:, 0]).unflatten(1, rows.shape[1:3])
+
+
+def rows_by_head(tokens: torch.Tensor, heads: int) -> torch.Tensor:
+    """(B, P, T, inner) to (B, P, heads * T, inner), zero but for the channels of a row's own head."""
+    tokens = tokens.unflatten(-1, (heads, -1))[:, :, None]  # (B, P, 1, T, heads, D)
+    own = torch.eye(heads, dtype=tokens.dtype, device=tokens.device)[:, None, :, None]
+    return (tokens * own).flatten(-2).flatten(2, 3)
+
+
+def softmax(scores: torch.Tensor, dim: int) -> torch.Tensor:
+    """In float32 at least, whatever the dtype of the scores."""
+    return F.softmax(scores, dim=dim, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
 
 
 def window_indices(grid: tuple[int, int], size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -28,7 +28,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
-from .attention_sam_split import on_cpu, vision_attention
+from .attention_sam_split import can_fold, in_pieces, matmul_shared, on_cpu, rows_by_head, softmax, vision_attention
 from .checks_sam_split import CompleteLoading, InputCheck, check_device, check_keywords, check_values
 from .configuration_sam_split import SamSplitConfig, SamSplitVisionConfig
 
@@ -42,9 +42,10 @@ VOID_LABEL = -100
 
 POINT_LABELS = {1: "foreground", 0: "background", -1: "not a point", -10: "padding"}
 
-# Prompts decoded at once. One needs about 30 MB in float32: a CPU is fastest on few, an accelerator on many.
-PROMPTS_AT_ONCE_CPU = 2
-PROMPTS_AT_ONCE_ACCELERATOR = 64
+# Prompts are decoded a few at a time: the bytes that their images may take, of which ViT's 64 x 64 x 256 floats are 4
+# MB a prompt. All that is held at once is about seven times that. A CPU is fastest on few, an accelerator on many.
+PROMPTS_BYTES_CPU = 2**23
+PROMPTS_BYTES_ACCELERATOR = 2**28
 
 
 @dataclass
@@ -384,66 +385,56 @@ class SamSplitAttention(nn.Module):
 
     def forward(self, query, key, value):
         """Attention among tokens: (B, P, T, C), all three and the result."""
-        return self.tokens_to_image(query, self.k_proj(key), value)
+        return self.tokens_to_image(query, (self.k_proj(key), nn.Identity()), value)
 
     def tokens_to_image(self, query, key, image, similarity=None):
         """What each token takes from the image.
 
         Args:
             query: (B, P, T, C), not yet projected.
-            key: (B, P, H * W, inner), projected; P may be 1 for an image that all prompts share.
+            key: (B, P, H * W, C) and the layer that projects it; P may be 1 for an image that all prompts share.
             image: (B, P, H * W, C), the values, not yet projected; P as in `key`.
             similarity: added to the scores, broadcast to (B, P, heads, T, H * W), or None.
 
         Returns:
             (B, P, T, C).
         """
-        prompts, tokens = query.shape[1:3]
-        scores = self._scores(self.q_proj(query), key, prompts)
+        scores = self._scores(*self._rows(self.q_proj(query), key[1]), key[0])
         if similarity is not None:
             scores = scores + similarity
-        weights = self._softmax(scores, -1).flatten(2, 3)  # (B, P, heads * T, H * W)
-        averages = _matmul_shared(weights, image)  # (B, P, heads * T, C)
-        values = self.v_proj(averages).unflatten(2, (-1, tokens)).unflatten(-1, (self.num_attention_heads, -1))
+        weights = softmax(scores, -1).flatten(2, 3)  # (B, P, heads * T, H * W)
+        averages = matmul_shared(weights, image)  # (B, P, heads * T, C)
+        values = self.v_proj(averages).unflatten(2, (-1, query.shape[2])).unflatten(-1, (self.num_attention_heads, -1))
         own = values.diagonal(dim1=2, dim2=4)  # (B, P, T, D, heads), each head's own channels of its own average
         return self.out_proj(own.transpose(-1, -2).flatten(-2))
 
-    def image_to_tokens(self, query, key, value):
-        """What each place of the image takes from the tokens.
+    def image_to_tokens(self, layer, key, value):
+        """A function of places (B, P or 1, places, C), whose queries `layer` makes, to what they take from the tokens.
 
-        Args:
-            query: (B, P, H * W, inner), projected; P may be 1 for an image that all prompts share.
-            key, value: (B, P, T, C), not yet projected.
-
-        Returns:
-            (B, P, H * W, C).
+        `key` and `value` are (B, P, T, C), not yet projected.
         """
-        weights = self._softmax(self._scores(self.k_proj(key), query, key.shape[1]), -2).flatten(2, 3)
-        values = self._rows_by_head(self.v_proj(value))  # (B, P, heads * T, inner)
-        # The last row is a zero token's, the layer's bias: each head's weights sum to one, and the bias counts once.
+        rows = self._rows(self.k_proj(key), layer)
+        values = rows_by_head(self.v_proj(value), self.num_attention_heads)  # (B, P, heads * T, inner)
+        # The last row is a zero token's, the layer's bias. Each head's weights sum to one, so each adds a share of it.
         values, bias = self.out_proj(F.pad(values, (0, 0, 0, 1))).split([values.shape[2], 1], dim=2)
-        return weights.transpose(-1, -2) @ (values - bias) + bias
+        values = values - bias * (1 - 1 / self.num_attention_heads)
+        return lambda query: softmax(self._scores(*rows, query), -2).flatten(2, 3).transpose(-1, -2) @ values
 
-    def _scores(self, tokens, image, prompts):
-        """Scores (B, P, heads, T, H * W) of projected tokens (B, P, T, inner) and image (B, P or 1, H * W, inner)."""
-        rows = self._rows_by_head(tokens * self.scale)
-        return _matmul_shared(rows, image.transpose(-1, -2)).unflatten(2, (self.num_attention_heads, -1))
+    def _rows(self, tokens, layer):
+        """Projected tokens (B, P, T, inner) as rows, what to add to their scores, and the layer left for the image.
 
-    def _rows_by_head(self, tokens):
-        """(B, P, T, inner) to (B, P, heads * T, inner), zero but for the channels of a row's own head."""
-        tokens = tokens.unflatten(-1, (self.num_attention_heads, -1))[:, :, None]  # (B, P, 1, T, heads, D)
-        own = torch.eye(self.num_attention_heads, dtype=tokens.dtype, device=tokens.device)[:, None, :, None]
-        return (tokens * own).flatten(-2).flatten(2, 3)
+        The rows are few, the image is large, so it is the rows that pass `layer`, transposed, where it is a plain
+        linear: q (x W^T + b)^T = (q W) x^T + q b.
+        """
+        rows = rows_by_head(tokens * self.scale, self.num_attention_heads)  # (B, P, heads * T, inner)
+        if can_fold(layer, rows.shape[2]):
+            return rows @ layer.weight, (rows @ layer.bias)[..., None], nn.Identity()
+        return rows, 0, layer
 
-    def _softmax(self, scores, dim):
-        return F.softmax(scores, dim=dim, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
-
-
-def _matmul_shared(rows, matrix):
-    """(B, P, R, K) @ (B, P or 1, K, L) to (B, P, R, L), without a copy per prompt of a matrix that prompts share."""
-    if matrix.shape[1] == rows.shape[1]:
-        return rows @ matrix
-    return (rows.flatten(1, 2) @ matrix[:, 0]).unflatten(1, rows.shape[1:3])
+    def _scores(self, rows, bias, layer, image):
+        """Scores (B, P, heads, T, H * W) of what `_rows` returns and the image (B, P or 1, H * W, C)."""
+        scores = matmul_shared(rows, layer(image).transpose(-1, -2)) + bias
+        return scores.unflatten(2, (self.num_attention_heads, -1))
 
 
 class SamSplitTwoWayAttentionBlock(nn.Module):
@@ -462,26 +453,27 @@ class SamSplitTwoWayAttentionBlock(nn.Module):
         self.cross_attn_image_to_token = SamSplitAttention(config, config.attention_downsample_rate)
 
     def project_image(self, image, image_positions):
-        """The image's keys for the tokens and its queries to them: two of (B, P, H * W, inner)."""
+        """The image for keys and for queries, (B, P, H * W, C) each, with the layer that will project it."""
         positioned = image + image_positions
-        return (
-            self.cross_attn_token_to_image.k_proj(positioned),
-            self.cross_attn_image_to_token.q_proj(positioned),
-        )
+        return (positioned, self.cross_attn_token_to_image.k_proj), (positioned, self.cross_attn_image_to_token.q_proj)
 
-    def forward(self, tokens, image, projected_image, token_positions, similarity):
+    def forward(self, tokens, image, token_positions, image_positions, projected_image, similarity, output_attentions):
         """One round.
 
         Args:
             tokens, token_positions: (B, P, T, C).
-            image: (B, P, H * W, C); P may be 1 for an image that all prompts share.
-            projected_image: what `project_image` made of it.
+            image, image_positions: (B, P, H * W, C); P may be 1 for an image that all prompts share.
+            projected_image: two of (B, P, H * W, inner) if keys and queries are projected before, or None.
             similarity: see `SamSplitAttention.tokens_to_image`.
+            output_attentions: whether to return what was added to the image.
 
         Returns:
-            tokens (B, P, T, C), image (B, P, H * W, C), and what was added to the image before its norm.
+            tokens (B, P, T, C), image (B, P, H * W, C), and what was added to the image before its norm, or None.
         """
-        keys, queries = projected_image
+        if projected_image is None:
+            keys, (queries, layer) = self.project_image(image, image_positions)
+        else:
+            keys, (queries, layer) = ((projected, nn.Identity()) for projected in projected_image)
         if self.is_first:  # these tokens are their own positions
             tokens = self.self_attn(tokens, tokens, tokens)
         else:
@@ -493,8 +485,13 @@ class SamSplitTwoWayAttentionBlock(nn.Module):
         tokens = self.layer_norm2(tokens + taken)
         tokens = self.layer_norm3(tokens + self.mlp(tokens))
 
-        added = self.cross_attn_image_to_token.image_to_tokens(queries, tokens + token_positions, tokens)
-        return tokens, self.layer_norm4(image + added), added
+        take = self.cross_attn_image_to_token.image_to_tokens(layer, tokens + token_positions, tokens)
+        updated, added = [], []
+        for piece, query in zip(*(in_pieces(x, TOKENS_AT_ONCE) for x in (image, queries)), strict=True):
+            taken = take(query)
+            updated.append(self.layer_norm4(piece + taken))
+            added.extend([taken] * output_attentions)
+        return tokens, torch.cat(updated, dim=2), torch.cat(added, dim=2) if added else None
 
 
 class SamSplitTwoWayTransformer(nn.Module):
@@ -506,33 +503,37 @@ class SamSplitTwoWayTransformer(nn.Module):
         self.final_attn_token_to_image = SamSplitAttention(config, config.attention_downsample_rate)
         self.layer_norm_final_attn = nn.LayerNorm(config.hidden_size)
 
-    def forward(self, tokens, image, projected_image, image_positions, similarity=None, target=None):
+    def forward(self, tokens, image, keys, queries, similarity, target, image_positions, kept, output_attentions):
         """Let tokens and image inform each other.
 
         Args:
             tokens: (B, P, T, C).
             image: (B, P, H * W, C); P may be 1 for an image that all prompts share.
-            projected_image: what the first block's `project_image` made of it.
-            image_positions: (1, 1, H * W, C).
+            keys, queries: the image projected for the first block, (B, P, H * W, inner); P as in `image`.
             similarity: see `SamSplitAttention.tokens_to_image`; not used in the final attention.
             target: broadcast to (B, P, T, C) and added to the tokens before each block, or None.
+            image_positions: (1, 1, H * W, C).
+            kept: the number of tokens, the first ones, that are asked for.
+            output_attentions: whether to return what each block added to the image.
 
         Returns:
-            tokens (B, P, T, C), image (B, P, H * W, C), and a list with what each block added to the image.
+            tokens (B, P, kept, C), image (B, P, H * W, C), and a list with what each block added to the image.
         """
         token_positions = tokens
-        added_by_block = []
+        projected_image, added_by_block = (keys, queries), []
         for index, block in enumerate(self.layers):
             if target is not None:
                 tokens = tokens + target
                 if index == 0:  # PerSAM's target is part of the tokens' positions as well
                     token_positions = tokens
-            if index > 0:
-                projected_image = block.project_image(image, image_positions)
-            tokens, image, added = block(tokens, image, projected_image, token_positions, similarity)
+            tokens, image, added = block(
+                tokens, image, token_positions, image_positions, projected_image, similarity, output_attentions
+            )
+            projected_image = None
             added_by_block.append(added)
         attention = self.final_attn_token_to_image
-        key = attention.k_proj(image + image_positions)
+        tokens, token_positions = tokens[:, :, :kept], token_positions[:, :, :kept]
+        key = image + image_positions, attention.k_proj
         taken = attention.tokens_to_image(tokens + token_positions, key, image)
         return self.layer_norm_final_attn(tokens + taken), image, added_by_block
 
@@ -622,7 +623,7 @@ class SamSplitMaskDecoder(nn.Module):
         image = (image_embeddings[:, None] + dense_prompt_embeddings).to(tokens.dtype)  # (B, P or 1, C, H, W)
         image = image.flatten(3).transpose(2, 3).contiguous()  # (B, P or 1, H * W, C)
         image_positions = image_positional_embeddings.flatten(2).transpose(1, 2)[None].contiguous()  # (1, 1, H * W, C)
-        projected = self.transformer.layers[0].project_image(image, image_positions)
+        projected = [layer(x) for x, layer in self.transformer.layers[0].project_image(image, image_positions)]
         check = InputCheck(image_embeddings, "image_embeddings")
         if attention_similarity is not None:
             scores_shape = (batch * prompts, self.num_attention_heads, tokens.shape[2], image.shape[2])
@@ -633,15 +634,11 @@ class SamSplitMaskDecoder(nn.Module):
             target_embedding = target_embedding[(None,) * (4 - target_embedding.ndim)]
 
         wanted = range(1, self.num_mask_tokens) if multimask_output else range(1)
+        inputs = image, *projected, attention_similarity, target_embedding
         masks, ious, added = [], [], []
-        for part in _parts(prompts, tokens.device):
+        for part in _parts(prompts, image):
             part_tokens, part_image, part_added = self.transformer(
-                tokens[:, part],
-                _take(image, part),
-                [_take(x, part) for x in projected],
-                image_positions,
-                _take(attention_similarity, part),
-                _take(target_embedding, part),
+                tokens[:, part], *(_take(x, part) for x in inputs), image_positions, 1 + wanted.stop, output_attentions
             )
             part_masks = self._masks(part_tokens, part_image, grid, wanted)
             if torch.is_grad_enabled():
@@ -668,22 +665,25 @@ class SamSplitMaskDecoder(nn.Module):
 
     def _masks(self, tokens, image, grid, wanted):
         """Logits (B, P, M, 4 * H, 4 * W) of the wanted mask tokens."""
-        upscaled = self.activation(self.upscale_layer_norm(self.upscale_conv1(image)))  # (B, P, H * W, 4, C / 4)
-        upscaled = self.activation(self.upscale_conv2(upscaled))  # (B, P, H * W, 4, 4, C / 8)
         heads = self.output_hypernetworks_mlps
         filters = torch.stack([heads[index](tokens[:, :, 1 + index]) for index in wanted], dim=2)  # (B, P, M, C / 8)
         if self.training and torch.is_grad_enabled():  # the heads of masks that are not wanted
             filters = _ZeroGradients.apply(filters, *heads.parameters())
-        masks = filters @ upscaled.flatten(2, 4).transpose(-1, -2)  # (B, P, M, H * W * 4 * 4)
+        masks = []
+        for piece in in_pieces(image, TOKENS_AT_ONCE):
+            upscaled = self.activation(self.upscale_layer_norm(self.upscale_conv1(piece)))  # (B, P, places, 4, C / 4)
+            upscaled = self.activation(self.upscale_conv2(upscaled))  # (B, P, places, 4, 4, C / 8)
+            masks.append(filters @ upscaled.flatten(2, 4).transpose(-1, -2))
+        masks = torch.cat(masks, dim=-1)  # (B, P, M, H * W * 4 * 4)
         masks = masks.unflatten(-1, (*grid, 2, 2, 2, 2))  # rows, columns, then row and column twice over
         return masks.permute(0, 1, 2, 3, 5, 7, 4, 6, 8).flatten(6).flatten(3, 5)  # (B, P, M, 4 * H, 4 * W)
 
 
-def _parts(prompts, device):
+def _parts(prompts, image):
     """Slices of prompts to decode at once; all of them when the number is a symbol that a compiler traces."""
-    limit = PROMPTS_AT_ONCE_CPU if device.type == "cpu" else PROMPTS_AT_ONCE_ACCELERATOR
     if torch.compiler.is_compiling():
         return [slice(None)]
+    limit = max(1, (PROMPTS_BYTES_CPU if on_cpu(image) else PROMPTS_BYTES_ACCELERATOR) // image[:, 0].nbytes)
     return [slice(start, start + limit) for start in range(0, prompts, limit)]
 
 

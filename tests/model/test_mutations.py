@@ -305,9 +305,7 @@ def target_reaches_no_positions(ours, patch):
     block = ours.mask_decoder.transformer.layers[0]
     target = PROMPT_KINDS["target_embedding"]["target_embedding"]
     original = block.forward
-    block.forward = lambda tokens, image, projected, positions, similarity: original(
-        tokens, image, projected, positions - target, similarity
-    )
+    block.forward = lambda tokens, image, positions, *rest: original(tokens, image, positions - target, *rest)
 
 
 # Bugs that only some prompts can show.

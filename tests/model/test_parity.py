@@ -183,7 +183,7 @@ def test_image_embeddings_carry_gradients(ours, theirs):
 @pytest.mark.parametrize("prompts_at_once", [1, 2])
 def test_prompts_in_parts(ours, theirs, monkeypatch, prompts_at_once):
     """Prompts are decoded a few at a time; three in parts of two leave a part of one."""
-    monkeypatch.setattr(modeling, "PROMPTS_AT_ONCE_CPU", prompts_at_once)
+    monkeypatch.setattr(modeling, "PROMPTS_BYTES_CPU", prompts_at_once * 2 * 32 * 36 * 4)  # of two images' floats
     for inputs in ({**PROMPT_KINDS["personalised"]}, {**points(1, 0), **masks()}):
         our_outputs, our_gradients = outputs_and_gradients(stock_forward, ours, pixels(), **inputs)
         reference = add_target_outside if "target_embedding" in inputs else stock_forward
