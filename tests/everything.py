@@ -40,11 +40,12 @@ def ours(name="tiny_sam"):
     return split_model(theirs(name))
 
 
-def stock_pipeline(name="tiny_sam"):
-    side = theirs(name).config.vision_config.image_size
+def stock_pipeline(name="tiny_sam", model=None):
+    model = model or theirs(name)
+    side = model.config.vision_config.image_size
     processor = SamImageProcessor.from_pretrained(TINY_SAM)
     processor.size, processor.pad_size = {"longest_edge": side}, {"height": side, "width": side}
-    return pipeline("mask-generation", model=theirs(name), image_processor=processor, device="cpu")
+    return pipeline("mask-generation", model=model, image_processor=processor, device="cpu")
 
 
 @functools.cache

@@ -11,9 +11,15 @@ from everything import (
     assert_same_masks,
     ours,
     stock_pipeline,
+    theirs,
     thresholds,
 )
+from models import split_model
+from peft import LoraConfig, get_peft_model
 from pycocotools import mask as coco
+from transformers import SamModel
+
+from conversion import fuse_state_dict
 
 CASES = [
     *(("tiny_sam", photograph, layers) for photograph in PHOTOGRAPHS for layers in (0, 1)),
@@ -85,3 +91,20 @@ def test_run_lengths_are_those_of_pycocotools():
         assert run_lengths["size"] == expected["size"]
         assert coco.frPyObjects(counts, *counts["size"]) == expected
         assert coco.area(expected) == area == mask.sum()
+
+
+def test_an_adapter_is_stock_with_the_merged_weights():
+    torch.manual_seed(0)
+    image = PHOTOGRAPHS["coffee"].crop((0, 0, 128, 100))  # as large as the model's input: nothing is resized
+    options = {"points_per_crop": 8, "pred_iou_thresh": 0.3, "stability_score_thresh": 0.4, "output_bboxes_mask": True}
+    adapted = get_peft_model(split_model(theirs()), LoraConfig(target_modules=["q", "v"]))
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.03)
+    found = adapted.generate_masks(image, output_details=True, **options)
+    merged = adapted.merge_and_unload()
+    stock = SamModel(theirs().config)
+    stock.load_state_dict({**stock.state_dict(), **fuse_state_dict(merged.state_dict())})
+    expected = stock_pipeline(model=stock.eval())(image, **options)
+    assert_same(merged, image, found, expected)
+    assert found["scores"].tolist() != ours().generate_masks(image, **options)["scores"].tolist()
