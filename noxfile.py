@@ -29,11 +29,11 @@ OLDEST, *_, NEWEST = PINS
 PYTEST = ("-m", "pytest", "--numprocesses=2", "--dist=worksteal", "--durations=15")
 # What no version of transformers or peft changes, or takes long, is run on the newest alone: files by folder.
 NEWEST_ONLY = {
-    "conversion": "command_line demo faults faults_fuzz image_size key_map",
+    "conversion": "bad_commands command_line demo faults faults_fuzz folder image_size key_map trainers",
     "hub": "card hub_server push push_faults push_folder",
     "model": "gpu loss memory mutations parity_vit_b quantised",
     "project": "benchmarks changelog floors",
-    "training": "examples training training_equal",
+    "training": "bad_examples examples lora_dropout training training_equal",
 }
 OFFLINE = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 MATRIX = Path("tests/matrix.md")

@@ -304,6 +304,10 @@ def mean_scores(prediction):
 
 
 def check_base(args):
+    if Path(args.base).is_dir() and not (Path(args.base) / "config.json").is_file():
+        raise ValueError(
+            f"{args.base} is neither a model's folder nor a Hub id that can be read: it has no config.json"
+        )
     try:
         kind = AutoConfig.from_pretrained(args.base, revision=args.revision).model_type
     except (OSError, ValueError) as error:
