@@ -176,6 +176,26 @@ def test_synchronisations_do_not_grow_with_the_masks(monkeypatch):
     assert counted[0] == counted[1] <= 2
 
 
+def test_a_batch_of_points_waits_as_often_for_few_masks_as_for_many(monkeypatch):
+    monkeypatch.setattr(runs, "masks_at_once", lambda device, crop_bytes: 1000)
+    monkeypatch.setattr(runs, "work_bytes", lambda device: 2**28)
+    called = []
+
+    def counting(name, method):
+        return lambda self, *args: called.append(name) or method(self, *args)
+
+    for name in ("cpu", "tolist", "item", "nonzero"):
+        monkeypatch.setattr(torch.Tensor, name, counting(name, getattr(torch.Tensor, name)))
+    waits, masks = [], []
+    for iou in 0.75, 0.3:
+        called.clear()
+        options = {"points_per_crop": 8, "pred_iou_thresh": iou, "stability_score_thresh": 0, "crops_nms_thresh": 1.0}
+        masks.append(len(ours().generate_masks(PHOTOGRAPHS["coffee"], output_masks=False, **options)["scores"]))
+        waits.append(len(called))
+    assert masks[1] > 5 * masks[0] > 0
+    assert waits[0] == waits[1] <= 16
+
+
 def resident():
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmRSS"):
