@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from models import meta_model, split_config, split_model, stock_model, tiny_config
+from packaging.version import Version
 from PIL import Image
 from segment_anything import SamAutomaticMaskGenerator
 from skimage import data
@@ -17,7 +18,9 @@ from conversion.cli.demo import TINY_SAM
 from sam_split import SamSplitModel
 from sam_split.mask_generation_sam_split import SamSplitMaskGenerationOptions, _crops, _encode
 
-OLD = int(transformers.__version__.split(".")[0]) < 5  # its pipeline resizes by PIL, and fails on crops
+# Before 5.11 its own pipeline computes points and resized pixels in another way; crops fail in it at least until then.
+VERSION = Version(transformers.__version__)
+OLD, NO_CROPS = VERSION < Version("5.11"), VERSION < Version("5.23")
 
 IOU_TOLERANCE = 1e-5
 
