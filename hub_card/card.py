@@ -16,6 +16,7 @@ from .sections import (
     Evidence,
     code_section,
     hub_id,
+    model_config,
     read_base,
     read_json,
     refresh_code_section,
@@ -82,7 +83,7 @@ def model_card(
             "pinned": f', revision="{base.revision}", code_revision="{base.revision}"' if base.revision else "",
         }
     else:
-        hidden = read_json(folder / "config.json")["vision_config"]["hidden_size"]
+        hidden = model_config(folder)["vision_config"]["hidden_size"]
         size = SIZES.get(hidden, f"hidden size {hidden}")
         metas = "Original weights: Segment Anything, Meta AI Research, Apache-2.0."
         credit = metas if "license" in data else "The weights are under the licence of what they were made from."
@@ -111,9 +112,7 @@ def metadata(folder: str | Path, source: str | Path | None) -> dict:
             "base_model_relation": "adapter",
             "tags": ["segment-anything", "sam", "sam-split", "peft", "lora"],
         }
-    model_type = read_json(folder / "config.json").get("model_type")
-    if model_type != "sam_split":
-        raise ValueError(f"{folder}: config.json has model_type {model_type!r}, expected 'sam_split'")
+    model_config(folder)  # raises for any other model
     data = {
         "library_name": "transformers",
         "pipeline_tag": "mask-generation",

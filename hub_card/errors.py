@@ -1,4 +1,8 @@
-"""What the push raises. Every message says what was given, what was expected and what to do."""
+"""What the push raises, and what no message may hold. Every message says what was given, expected, and what to do."""
+
+import re
+
+TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")  # what a Hub token looks like
 
 
 class PushRefused(ValueError):
@@ -6,4 +10,4 @@ class PushRefused(ValueError):
 
 
 class PushFailed(RuntimeError):
-    """The Hub refused, failed, or was ahead of us; the branch is as whole as it was. The command line exits with 1."""
+    """The Hub failed or refused, or somebody else pushed first; the branch is whole. The command line exits with 1."""

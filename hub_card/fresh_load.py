@@ -11,41 +11,40 @@ import sys
 from pathlib import Path
 
 
-def check_model(folder):
-    """The model in `folder`, loaded by its own code and equal to its weight files."""
-    from safetensors import safe_open
+def load_model(folder):
+    """The model in `folder`, loaded by its own code."""
     from transformers import AutoModel, AutoProcessor
 
     model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype="auto")
     if not type(model).__module__.startswith("transformers_modules."):
         raise SystemExit(f"AutoModel gave {type(model).__module__}.{type(model).__name__}, not the folder's own class")
     AutoProcessor.from_pretrained(folder)
-    loaded, seen = model.state_dict(), set()
-    for path in sorted(Path(folder).glob("model*.safetensors")):
+    return model, model.state_dict()
+
+
+def load_adapter(folder, base, revision):
+    """The adapter in `folder`, on its base from the Hub."""
+    from peft import PeftModel, get_peft_model_state_dict
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(base, revision=revision, code_revision=revision, trust_remote_code=True)
+    model = PeftModel.from_pretrained(model, folder)
+    return model, get_peft_model_state_dict(model)
+
+
+def check(loaded, files):
+    """Compare the tensors that were loaded with those in the weight files, and count them."""
+    from safetensors import safe_open
+
+    seen = set()
+    for path in files:
         with safe_open(path, framework="pt") as weights:
             for name in weights.keys():
                 seen.add(name)
                 compare(name, loaded.get(name), weights.get_tensor(name))
     if set(loaded) - seen:
-        raise SystemExit(f"{sorted(set(loaded) - seen)[0]} is in the model but in none of the weight files")
-    return model, len(seen)
-
-
-def check_adapter(folder, base, revision):
-    """The adapter in `folder` on its base from the Hub, equal to its weight file."""
-    from peft import PeftModel, get_peft_model_state_dict
-    from safetensors.torch import load_file
-    from transformers import AutoModel
-
-    model = AutoModel.from_pretrained(base, revision=revision, code_revision=revision, trust_remote_code=True)
-    model = PeftModel.from_pretrained(model, folder)
-    loaded = get_peft_model_state_dict(model)
-    stored = load_file(Path(folder) / "adapter_model.safetensors")
-    for name, tensor in stored.items():
-        compare(name, loaded.get(name), tensor)
-    if set(loaded) - set(stored):
-        raise SystemExit(f"{sorted(set(loaded) - set(stored))[0]} is in the adapter but not in its weight file")
-    return model, len(stored)
+        raise SystemExit(f"{sorted(set(loaded) - seen)[0]} was loaded but is in none of the weight files")
+    return len(seen)
 
 
 def compare(name, ours, theirs):
@@ -78,10 +77,8 @@ def segment(model):
 
 
 def main(folder, base=None, revision=None):
-    if base is None:
-        model, tensors = check_model(folder)
-    else:
-        model, tensors = check_adapter(folder, base, revision)
+    model, loaded = load_adapter(folder, base, revision) if base else load_model(folder)
+    tensors = check(loaded, sorted(Path(folder).glob("adapter_model.safetensors" if base else "model*.safetensors")))
     segment(model)
     import torch
     import transformers

@@ -8,7 +8,6 @@ while the Hub is busy; any other error ends the push, and the next run does what
 import contextlib
 import dataclasses
 import json
-import re
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import (
@@ -18,7 +17,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from .errors import PushFailed, PushRefused
+from .errors import TOKEN, PushFailed, PushRefused
 from .publishable import Staged, StagedFile
 
 
@@ -66,13 +65,13 @@ class Branch:
         return head
 
     def differences(self, oid: str, staged: Staged) -> tuple[list[StagedFile], list[str]]:
-        """Which staged files a commit lacks or holds otherwise, and which of its files are stale."""
+        """The staged files that a commit lacks or holds with other content, and the stale files that it holds."""
         remote = self._files(oid)
         changed = [file for file in staged.files if remote.get(file.path) not in (file.sha256, file.blob_id)]
         return changed, sorted(path for path in remote if staged.is_stale(path))
 
     def refuse_unfit(self, oid: str, staged: Staged) -> None:
-        """Raises PushRefused if the repository would not hold the files as they are, or holds something else."""
+        """Raises PushRefused if the Hub would drop some of the files, or if the repository is of the other kind."""
         remote = self._files(oid)
         if ".gitignore" in remote:
             raise PushRefused(
@@ -111,8 +110,8 @@ class Branch:
             if landed is None:
                 if self.head() != parent:
                     raise PushFailed(
-                        f"{self} moved on from {parent} while this push was under way. Nothing was overwritten; look "
-                        "at the newer commit, then run the command again to put these files on top of it"
+                        f"somebody else pushed to {self} after {parent}. Nothing was overwritten; "
+                        "look at the newer commit, then run the command again to put these files on top of it"
                     ) from None
                 raise self._failed("pushing", error) from None
             print("The Hub's answer was lost, but the commit is there.")
@@ -174,7 +173,7 @@ class Branch:
                 f"the Hub does not accept the token (401, {step}: {said}); run `hf auth login`, or set HF_TOKEN"
             )
         if status == 403:
-            return PushFailed(f"this account may not do that to {self.repo_id} (403, {step}: {said})")
+            return PushFailed(f"this account has no permission for {self.repo_id} (403, {step}: {said})")
         if status == 404:
             return PushFailed(f"{self} was not found, or this account cannot see it (404, {step})")
         if isinstance(error, json.JSONDecodeError):
@@ -188,7 +187,7 @@ def redact(text: str) -> str:
     token = get_token()
     if token:
         text = text.replace(token, "<token>")
-    return re.sub(r"hf_[A-Za-z0-9]{20,}", "<token>", text)
+    return TOKEN.sub("<token>", text)
 
 
 def _one_line(error: BaseException) -> str:

@@ -17,8 +17,8 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from tqdm import tqdm
 
 from .card import metadata, model_card, refreshed
-from .errors import PushRefused
-from .sections import Base, Change, code_files, hub_id, modified_code, read_base, read_json
+from .errors import TOKEN, PushRefused
+from .sections import Base, Change, code_files, hub_id, model_config, modified_code, read_base, read_json
 from .weight_files import is_adapter
 
 MODEL_FILES = {
@@ -34,8 +34,6 @@ ADAPTER_FILES = {
 }
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 CODE = re.compile(r"\w+_sam_split\.py")
-
-_TOKEN = re.compile(rb"hf_[A-Za-z0-9]{20,}")
 
 
 @dataclass(frozen=True)
@@ -65,13 +63,11 @@ class Staged:
 
     def is_stale(self, path: str) -> bool:
         """Whether a file on the Hub is one that an earlier push of ours left and this one does not bring."""
-        return is_ours(path, self.is_adapter) and path not in {file.path for file in self.files}
-
-
-def is_ours(path: str, adapter: bool) -> bool:
-    if adapter:
-        return path in ADAPTER_FILES
-    return path in MODEL_FILES or bool(SHARD.fullmatch(path) or CODE.fullmatch(path))
+        if path in {file.path for file in self.files}:
+            return False
+        if self.is_adapter:
+            return path in ADAPTER_FILES
+        return path in MODEL_FILES or bool(SHARD.fullmatch(path) or CODE.fullmatch(path))
 
 
 def _what(path: str) -> str:
@@ -110,10 +106,14 @@ def stage(
         raise PushRefused(f"{folder} is not a folder; give the one that `sam-split convert` or save_pretrained wrote")
     try:
         paths = _adapter_paths(folder) if is_adapter(folder) else _model_paths(folder, allow_modified_code)
+        paths += [name for name in ("README.md", "LICENSE") if (folder / name).is_file()]
         for path in paths:
             _link_or_copy(folder / path, target / path)
         if is_adapter(folder):
-            _rewrite_json(target / "adapter_config.json", _published_adapter_config(folder, base))
+            theirs, config = read_base(folder, base), read_json(folder / "adapter_config.json")
+            # auto_mapping holds the name and hash of a local module, true on this machine only.
+            named = {"base_model_name_or_path": theirs.repo_id, "revision": theirs.revision, "auto_mapping": None}
+            _rewrite_json(target / "adapter_config.json", {**config, **named})
         else:
             _rewrite_json(target / "config.json", _published_config(folder))
         card = _published_card(folder, target, repo_id, base)
@@ -130,12 +130,7 @@ def stage(
 def _model_paths(folder: Path, allow_modified_code: bool) -> list[str]:
     from sam_split.configuration_sam_split import AUTO_MAP  # here, because it imports torch
 
-    config = read_json(folder / "config.json")
-    if config.get("model_type") != "sam_split":
-        raise PushRefused(
-            f"config.json in {folder} says model_type {config.get('model_type')!r}, expected 'sam_split'; "
-            f"`sam-split convert {folder} OUT` makes such a folder"
-        )
+    model_config(folder)  # raises for any other model
     again = "load it with sam_split.SamSplitModel.from_pretrained and save it again"
     code = code_files(folder)
     for name in {f"{target.partition('.')[0]}.py" for target in AUTO_MAP.values()}:
@@ -155,7 +150,7 @@ def _model_paths(folder: Path, allow_modified_code: bool) -> list[str]:
             f"{folder} holds no preprocessor_config.json; save the base's there: "
             f"AutoProcessor.from_pretrained(BASE).save_pretrained({str(folder)!r})"
         )
-    return paths + processors + _optional(folder)
+    return paths + processors
 
 
 def _weight_paths(folder: Path) -> list[str]:
@@ -167,9 +162,7 @@ def _weight_paths(folder: Path) -> list[str]:
     if single.is_file():
         return [single.name]
     if not index.is_file():
-        pickles = ", ".join(
-            sorted(path.name for path in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pth"))
-        )
+        pickles = ", ".join(sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pth")))
         found = f" ({pickles} is a pickle and is never published)" if pickles else ""
         raise PushRefused(f"{folder} holds no model.safetensors{found}; `sam-split convert {folder} OUT` writes one")
     weight_map = read_json(index).get("weight_map")
@@ -189,27 +182,17 @@ def _adapter_paths(folder: Path) -> list[str]:
         )
     if (folder / "config.json").is_file():
         raise PushRefused(f"{folder} holds an adapter and a model; publish each from a folder of its own")
-    return [*ADAPTER_FILES, *_optional(folder)]
-
-
-def _optional(folder: Path) -> list[str]:
-    return [name for name in ("README.md", "LICENSE") if (folder / name).is_file()]
+    return list(ADAPTER_FILES)
 
 
 def _published_config(folder: Path) -> dict:
     """The config without this machine's paths, and with an auto_map that points into this repository alone."""
     from sam_split.configuration_sam_split import AUTO_MAP
 
-    config = read_json(folder / "config.json")
+    config = model_config(folder)
     for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
         part.pop("_name_or_path", None)
     return {**config, "auto_map": AUTO_MAP}
-
-
-def _published_adapter_config(folder: Path, given: Base | None) -> dict:
-    base, config = read_base(folder, given), read_json(folder / "adapter_config.json")
-    # auto_mapping holds the name and hash of a local module, true on this machine only.
-    return {**config, "base_model_name_or_path": base.repo_id, "revision": base.revision, "auto_mapping": None}
 
 
 def _published_card(folder: Path, target: Path, repo_id: str, base: Base | None) -> str:
@@ -253,7 +236,7 @@ def _is_blank(text: str) -> bool:
 
 def _refuse_tokens(folder: Path, names: list[str]) -> None:
     for name in names:
-        if not name.endswith(".safetensors") and _TOKEN.search((folder / name).read_bytes()):
+        if not name.endswith(".safetensors") and TOKEN.search((folder / name).read_bytes().decode("latin-1")):
             raise PushRefused(f"{name} holds what looks like a Hugging Face token; remove it, and revoke the token")
 
 

@@ -88,17 +88,9 @@ def run(args) -> int:
     """`push` with parsed options; 0 when published or already there, 1 when the Hub failed, 2 for bad input."""
     if args.base_revision and not args.base_model:
         raise PushRefused("--base-revision is a commit of the base; give its id with --base-model as well")
-    return _publish(
-        args.folder,
-        args.repo_id,
-        private=args.private,
-        branch=args.branch,
-        create_pr=args.create_pr,
-        message=args.message,
-        dry_run=args.dry_run,
-        allow_modified_code=args.allow_modified_code,
-        base=Base(args.base_model, args.base_revision) if args.base_model else None,
-    )
+    base = Base(args.base_model, args.base_revision) if args.base_model else None
+    names = ("private", "branch", "create_pr", "message", "dry_run", "allow_modified_code")
+    return _publish(args.folder, args.repo_id, base=base, **{name: getattr(args, name) for name in names})
 
 
 def _publish(folder, repo_id, **options) -> int:
@@ -126,16 +118,8 @@ def push(
 ) -> Published | None:
     """Publish a split model, or an adapter, and say where.
 
-    Args:
-        folder: what `sam-split convert`, `save_pretrained` or PEFT wrote.
-        repo_id: "name/repository".
-        private: only for a repository that this call creates.
-        branch: created from main if it does not exist.
-        create_pr: leave the branch as it is and open a pull request against it.
-        message: title of the commit.
-        dry_run: stage, load and compare, but write nothing to the Hub.
-        allow_modified_code: push code files that are not the installed package's; the card will say so.
-        base: what the adapter or the weights were made from, where the folder itself does not say.
+    The arguments are the options of the command, which `sam-split push --help` explains; `base` is what the adapter
+    or the weights were made from, where the folder itself does not say.
 
     Returns:
         Where the files stand; None after a dry run.
@@ -178,8 +162,7 @@ def push(
                 print(f"  delete {path}")
             if dry_run:
                 return None
-            kind = "adapter" if staged.is_adapter else "model"
-            title = message or f"Upload SamSplit {kind}"
+            title = message or f"Upload SamSplit {'adapter' if staged.is_adapter else 'model'}"
             published = target.find_open_request(staged) if create_pr else None
             published = published or target.publish(staged, head, changes, title, create_pr)
     _print_result(published, staged)

@@ -31,10 +31,6 @@ _WEIGHTS = re.compile(
 )
 
 
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("torch", "transformers")}
-
-
 @dataclass(frozen=True)
 class Base:
     """The model on the Hub that an adapter belongs to, or that weights were made from."""
@@ -60,7 +56,9 @@ class Evidence:
     max_difference: float | None
     dtype: str
     device: str
-    versions: dict[str, str] = field(default_factory=_versions)
+    versions: dict[str, str] = field(
+        default_factory=lambda: {name: version(name) for name in ("torch", "transformers")}
+    )
 
 
 # Weights
@@ -76,12 +74,7 @@ def weights_section(
 ) -> str:
     """What was done to the weights, how large they are, and what was measured on them.
 
-    Args:
-        folder: with its config and weights in place.
-        origin: what they were made from, in Markdown.
-        change: what was done to that.
-        resized_from: the origin's `image_size`, if position tables were resampled for another one.
-        evidence: rows of the table.
+    `origin` is what they were made from, in Markdown; the other arguments are those of `model_card`.
     """
     folder = Path(folder)
     lines = _adapter_lines(folder) if is_adapter(folder) else _model_lines(folder, origin, change, resized_from)
@@ -113,8 +106,7 @@ def _mark(line: str) -> str:
 
 
 def _model_lines(folder: Path, origin: str, change: Change, resized_from) -> list[str]:
-    shapes, config = tensor_shapes(folder), read_json(folder / "config.json")
-    vision = config["vision_config"]
+    shapes, vision = tensor_shapes(folder), model_config(folder)["vision_config"]
     height, width = pair(vision["image_size"])
     rows, columns = 4 * height // vision["patch_size"], 4 * width // vision["patch_size"]
     split = [name for name in shapes if re.search(r"\.attn\.[qkv]\.(weight|bias)$", name)]
@@ -182,7 +174,15 @@ def code_section(folder: str | Path, repo_id: str = REPO_PLACEHOLDER) -> str:
     """What `trust_remote_code=True` runs: the code files, their sha256, how to pin them. Of an adapter: its base."""
     folder = Path(folder)
     if is_adapter(folder):
-        return _adapter_code_section(read_base(folder))
+        base = read_base(folder)
+        pinned = "at no fixed revision: look one up, read the files, and put it in the call"
+        if base.revision:
+            pinned = f"at revision `{base.revision}`: keep the revision in the call"
+        return f"""<!-- sam-split: code -->
+## What `trust_remote_code=True` runs
+
+This repository holds no code. The code that runs is that of its base, `{base.repo_id}`, {pinned}.
+<!-- /sam-split: code -->"""
     digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in code_files(folder)}
     modified = [f"`{name}`" for name in modified_code(folder)]
     if modified:
@@ -223,24 +223,11 @@ model = AutoModel.from_pretrained(repo, revision=sha, code_revision=sha, trust_r
 <!-- /sam-split: code -->"""
 
 
-def _adapter_code_section(base: Base) -> str:
-    if base.revision:
-        pinned = f"at revision `{base.revision}`. Keep the revision in the call"
-    else:
-        pinned = "of no particular revision. Look one up, read the files, and put it in the call"
-    return f"""<!-- sam-split: code -->
-## What `trust_remote_code=True` runs
-
-Nothing of this repository: it holds no code. The Python files of the base, `{base.repo_id}`, run: those {pinned}.
-<!-- /sam-split: code -->"""
-
-
 def refresh_code_section(text: str, folder: str | Path, repo_id: str) -> str:
     """`text` (a whole README.md) with its section on code made true of `folder`; appended if it has none."""
     section = code_section(folder, repo_id)
-    if _CODE.search(text):
-        return _CODE.sub(lambda _: section, text)
-    return f"{text.rstrip()}\n\n{section}\n"
+    renewed, found = _CODE.subn(lambda _: section, text)
+    return renewed if found else f"{text.rstrip()}\n\n{section}\n"
 
 
 def code_files(folder: str | Path) -> list[str]:
@@ -252,11 +239,9 @@ def modified_code(folder: str | Path) -> list[str]:
     """The code files of `folder` that are not byte for byte those of the installed `sam_split`, or missing."""
     import sam_split
 
-    def contents(place: Path, names) -> dict[str, bytes]:
-        return {name: (place / name).read_bytes() for name in names}
-
-    theirs = contents(Path(folder), code_files(folder))
-    ours = contents(Path(sam_split.__file__).parent, sam_split.CODE_FILES)
+    package = Path(sam_split.__file__).parent
+    theirs = {name: Path(folder, name).read_bytes() for name in code_files(folder)}
+    ours = {name: (package / name).read_bytes() for name in sam_split.CODE_FILES}
     return sorted(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name))
 
 
@@ -287,6 +272,21 @@ def read_base(folder: str | Path, given: Base | None = None) -> Base:
             "push the base first, then name it with --base-model NAME/REPOSITORY"
         )
     return Base(base, revision)
+
+
+def model_config(folder: Path) -> dict:
+    """The config of the split model in `folder`.
+
+    Raises:
+        ValueError: if it is of another kind of model, or none.
+    """
+    config = read_json(folder / "config.json")
+    if config.get("model_type") != "sam_split":
+        raise ValueError(
+            f"config.json in {folder} says model_type {config.get('model_type')!r}, expected 'sam_split'; "
+            f"`sam-split convert {folder} OUT` makes such a folder"
+        )
+    return config
 
 
 def hub_id(source) -> str | None:

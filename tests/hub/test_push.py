@@ -16,7 +16,7 @@ from hub_server import TOKEN
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
-from hub_card.fresh_load import compare
+from hub_card.fresh_load import check
 
 REPO = "alice/sam"
 
@@ -200,23 +200,24 @@ def test_the_command_loads_the_folder_first_and_keeps_the_token_out_of_sight(hub
     assert "model.safetensors" in hub.files(REPO)
 
 
-NAN = torch.tensor([1.0, torch.nan])
+ONES, NAN = torch.ones(2), torch.tensor([1.0, torch.nan])
 
 
 @pytest.mark.parametrize(
     ("loaded", "stored", "words"),
     [
-        (None, torch.ones(2), "the model has no such tensor"),
-        (torch.ones(2, 1), torch.ones(2), r"\(2,\) torch.float32 in the weight file and \(2, 1\)"),
-        (torch.ones(2).half(), torch.ones(2), "torch.float16 once loaded"),
-        (torch.tensor([1.0, 2.0]), torch.ones(2), "changes on loading"),
-        (NAN, NAN, "not finite"),
+        ({}, ONES, "q .* the model has no such tensor"),
+        ({"q": torch.ones(2, 1)}, ONES, r"q is \(2,\) torch.float32 in the weight file and \(2, 1\)"),
+        ({"q": ONES.half()}, ONES, "q .* torch.float16 once loaded"),
+        ({"q": torch.tensor([1.0, 2.0])}, ONES, "q changes on loading"),
+        ({"q": NAN}, NAN, "q .* not finite"),
+        ({"q": ONES, "k": ONES}, ONES, "k was loaded but is in none of the weight files"),
     ],
 )
-def test_each_tensor_is_compared_with_the_weight_file(loaded, stored, words):
-    compare("q", torch.ones(2), torch.ones(2))
-    with pytest.raises(SystemExit, match=f"^q .*{words}"):
-        compare("q", loaded, stored)
+def test_each_tensor_is_compared_with_the_weight_file(tmp_path, loaded, stored, words):
+    save_file({"q": stored}, tmp_path / "model.safetensors")
+    with pytest.raises(SystemExit, match=words):
+        check(loaded, [tmp_path / "model.safetensors"])
 
 
 @pytest.mark.slow

@@ -124,7 +124,7 @@ def test_a_repository_of_somebody_else(hub, push, folder, exists):
         hub.create("bob/sam")
     outcome = push(folder, "bob/sam")
     assert outcome.code == 1
-    assert "may not do that to bob/sam" in outcome.err
+    assert "no permission for bob/sam" in outcome.err
     assert untouched(hub, "bob/sam")
 
 
