@@ -30,7 +30,7 @@ PYTEST = ("-m", "pytest", "--numprocesses=2", "--dist=worksteal", "--durations=1
 # What no version of transformers or peft changes, or takes long, is run on the newest alone: files by folder.
 NEWEST_ONLY = {
     "conversion": "bad_commands command_line demo faults faults_fuzz folder image_size key_map trainers",
-    "hub": "card hub_server push push_faults push_folder",
+    "hub": "card push push_faults push_folder",
     "model": "gpu loss memory mutations parity_vit_b quantised",
     "project": "benchmarks changelog floors",
     "training": "bad_examples examples lora_dropout training training_equal",
@@ -70,7 +70,7 @@ def tests_oldest(session):
 def tests_hub1(session):
     """The Hub tests with huggingface_hub 1.x, which the newest transformers accepts as well."""
     session.install("--upgrade", "--editable", ".[test]", "huggingface_hub==1.31.0")
-    files = [f"tests/hub/test_{name}.py" for name in ("hub_server", "push_faults")]
+    files = [f"tests/hub/test_{name}.py" for name in ("push", "push_faults")]
     session.run("python", *PYTEST, *files, *session.posargs, env=OFFLINE)
 
 

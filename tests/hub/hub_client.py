@@ -20,6 +20,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
+def environment(hub, home, **variables: str) -> dict[str, str]:
+    """The Hub client's environment, in which this checkout is found."""
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**hub.environment(home), **variables, "PYTHONPATH": paths}
+
+
 @dataclass
 class Outcome:
     code: int
@@ -36,13 +42,10 @@ class Client:
     """The process. `transcript` is all that it ever printed."""
 
     def __init__(self, hub, home, **variables: str):
-        environment = {**hub.environment(home), **variables}
-        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        command = [sys.executable, __file__]
         self.transcript, self.home = "", Path(home)
-        self.process = subprocess.Popen(
-            command, env=environment, cwd=home, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        command = [sys.executable, __file__]
+        self.process = subprocess.Popen(command, env=environment(hub, home, **variables), cwd=home, **pipes)
 
     def __enter__(self):
         return self

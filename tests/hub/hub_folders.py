@@ -5,13 +5,15 @@ import shutil
 
 import models
 import torch
+from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
-from transformers import SamImageProcessor, SamProcessor
+from safetensors.torch import load_file
+
+from conversion.folder import write_processor
 
 
 def save_split_model(folder, seed: int = 0):
-    """What `save_pretrained` writes for a model and its processor: config, weights, the code files, no card."""
+    """What `save_pretrained` writes, config, weights and the code files, and a processor; no card."""
     ours = models.split_model(models.stock_model(seed=seed))
     # High scores and steep edges, so that the mask-generation pipeline keeps some masks.
     torch.nn.init.constant_(ours.mask_decoder.iou_prediction_head.proj_out.bias, 10.0)
@@ -20,14 +22,7 @@ def save_split_model(folder, seed: int = 0):
             head.proj_out.weight.mul_(1000)
             head.proj_out.bias.mul_(1000)
     ours.save_pretrained(folder)
-    size = models.IMAGE_SIZE
-    processor = SamImageProcessor(
-        size={"longest_edge": size},
-        pad_size={"height": size, "width": size},
-        mask_size={"longest_edge": size // 4},
-        mask_pad_size={"height": size // 4, "width": size // 4},
-    )
-    SamProcessor(processor).save_pretrained(folder)
+    write_processor(folder, None, ours.config)
     return ours
 
 
@@ -49,14 +44,11 @@ def edit_json(path, **changes):
 
 def shard(folder):
     """The same weights in two shards, as `save_pretrained` cuts a large model."""
-    weights = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    index = {"metadata": {"total_size": sum(t.nbytes for t in weights.values())}, "weight_map": {}}
-    for number, names in enumerate((sorted(weights)[:90], sorted(weights)[90:]), start=1):
-        name = f"model-{number:05d}-of-00002.safetensors"
-        save_file({key: weights[key] for key in names}, folder / name, metadata={"format": "pt"})
-        index["weight_map"] |= dict.fromkeys(names, name)
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    single = folder / "model.safetensors"
+    weights, limit = load_file(single), int(0.6 * single.stat().st_size)
+    single.unlink()
+    save_torch_state_dict(weights, folder, max_shard_size=limit)
+    assert len(list(folder.glob("model-*-of-00002.safetensors"))) == 2
 
 
 def copy_with_config(source, target, **changes):

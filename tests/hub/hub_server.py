@@ -4,9 +4,8 @@
         environment = hub.environment(home)         # for the process that imports huggingface_hub
         hub.fail("POST /api/models/.*/commit/", 503, times=2)
 
-It answers what unmodified clients ask when they push and load: repositories, branches, tags, pull requests, commits
-that apply whole or not at all, and LFS uploads. xet is switched off in the client's environment. It listens on
-loopback alone, and stops at the end of the `with` block or of the process.
+It answers what unmodified clients ask when they push and load, and is as strict as the Hub: a commit applies whole and
+on the parent that it names, or not at all; the CDN refuses a token. xet is switched off in the client's environment.
 """
 
 import base64
@@ -17,16 +16,15 @@ import re
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote
 
-TOKEN = "hf_AliceWritesHere0123456789abcdefghi"
-OTHER_TOKEN = "hf_BobbyReadsHere0123456789abcdefghij"
+TOKEN = "oauth-AliceWritesHere.0123456789"  # known by its value alone: it does not look like a token of the Hub
 GITATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
 LICENCES = {"apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "openrail", "other"}
 
@@ -59,8 +57,6 @@ class Commit:
     parent: str | None
     files: dict[str, StoredFile]
     title: str
-    author: str
-    date: str
 
 
 @dataclass
@@ -69,22 +65,19 @@ class Repository:
     private: bool = False
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
-    pull_requests: dict[int, dict] = field(default_factory=dict)
+    pull_requests: list[Commit] = field(default_factory=list)
+    closed: set[int] = field(default_factory=set)  # numbers of pull requests
     commits: dict[str, Commit] = field(default_factory=dict)  # oldest first
 
-    def refs(self) -> dict[str, str]:
-        requests = {f"refs/pr/{number}": request["head"] for number, request in self.pull_requests.items()}
-        return {**self.tags, **self.branches, **requests}
+    def resolve(self, revision: str) -> Commit | None:
+        """The commit that a branch, a tag, `refs/pr/N` or a sha names."""
+        requests = {f"refs/pr/{number}": commit.oid for number, commit in enumerate(self.pull_requests, start=1)}
+        return self.commits.get({**self.tags, **self.branches, **requests}.get(revision, revision))
 
-    def resolve(self, revision: str) -> str | None:
-        """The sha that a branch, a tag, `refs/pr/N` or a sha names."""
-        return self.refs().get(revision, revision if revision in self.commits else None)
-
-    def add_commit(self, parent: str | None, files: dict[str, StoredFile], title: str, author: str) -> str:
-        oid = hashlib.sha1(f"{parent}{title}{author}{len(self.commits)}".encode()).hexdigest()
-        date = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime())
-        self.commits[oid] = Commit(oid, parent, files, title, author, date)
-        return oid
+    def add_commit(self, parent: str | None, files: dict[str, StoredFile], title: str) -> Commit:
+        oid = hashlib.sha1(f"{parent}{title}{len(self.commits)}".encode()).hexdigest()
+        self.commits[oid] = Commit(oid, parent, files, title)
+        return self.commits[oid]
 
 
 @dataclass
@@ -120,12 +113,14 @@ class Answer:
 
 @dataclass
 class Fault:
-    pattern: re.Pattern
+    """What happens instead to the next `times` requests that match `pattern`.
+
+    `act` gets the function that serves the request and returns the answer, or None to close the connection.
+    """
+
+    pattern: str
     times: int
-    answer: Answer | None = None  # sent instead of the true one
-    after: bool = False  # `answer` is sent after the request was served
-    cut: str | None = None  # the connection is closed "before" or "after" the request is served
-    call: Callable[[], object] | None = None  # runs before the request is served
+    act: Callable[[Callable[[], Answer | None]], Answer | None]
 
 
 class HubError(Exception):
@@ -140,11 +135,11 @@ class HubServer:
 
     Attributes:
         requests: every request seen, in order of arrival.
-        tokens: token -> user name.
+        users: token -> user name.
     """
 
     def __init__(self):
-        self.tokens = {TOKEN: "alice", OTHER_TOKEN: "bob"}
+        self.users = {TOKEN: "alice"}
         self.repositories: dict[str, Repository] = {}
         self.objects: dict[str, bytes] = {}  # sha256 -> bytes, whether or not a commit points there
         self.requests: list[Request] = []
@@ -182,27 +177,31 @@ class HubServer:
     def fail(self, pattern: str, status: int, body=b"", headers=None, *, times: int = 1, after=False):
         """Answer `status`; `after` the request was served, as if the true answer were lost."""
         answer = Answer(body or {"error": f"fault {status}"}, status, headers or {})
-        self.faults.append(Fault(re.compile(pattern), times, answer, after))
+        self.faults.append(Fault(pattern, times, lambda serve: (after and serve(), answer)[1]))
 
-    def cut(self, pattern: str, when: str = "before", *, times: int = 1):
-        """Close the connection "before" or "after" the request is served."""
-        self.faults.append(Fault(re.compile(pattern), times, cut=when))
+    def cut(self, pattern: str, *, times: int = 1, after=False):
+        """Close the connection, before or `after` the request is served."""
+        self.faults.append(Fault(pattern, times, lambda serve: (after and serve(), None)[1]))
 
     def hook(self, pattern: str, call: Callable[[], object], *, times: int = 1):
         """Call something before the request is served."""
-        self.faults.append(Fault(re.compile(pattern), times, call=call))
+        self.faults.append(Fault(pattern, times, lambda serve: (call(), serve())[1]))
 
-    def take_faults(self, request: Request) -> list[Fault]:
+    def serve(self, request: Request) -> Answer | None:
+        """The answer, or what the faults that are due make of it."""
+        line, serve = f"{request.method} {request.path}", partial(self.answer, request)
         with self.lock:
-            line = f"{request.method} {request.path}"
-            due = [fault for fault in self.faults if fault.times and fault.pattern.match(line)]
+            self.requests.append(request)
+            due = [fault for fault in self.faults if fault.times and re.match(fault.pattern, line)]
             for fault in due:
                 fault.times -= 1
-            return due
+                serve = partial(fault.act, serve)
+        return serve()
 
     def reset(self):
-        """Forget every repository, object, fault and request."""
+        """Forget every repository, object, fault and request; know the token."""
         with self.lock:
+            self.users[TOKEN] = "alice"
             for forgotten in (self.repositories, self.objects, self.requests, self.faults):
                 forgotten.clear()
 
@@ -212,26 +211,22 @@ class HubServer:
         with self.lock:
             repository = self.repositories[repo_id] = Repository(repo_id, private)
             attributes = {".gitattributes": StoredFile(GITATTRIBUTES, lfs=False)}
-            repository.branches["main"] = repository.add_commit(None, attributes, "initial commit", "system")
+            repository.branches["main"] = repository.add_commit(None, attributes, "initial commit").oid
         if files:
             self.commit(repo_id, files)
         return repository
 
-    def commit(self, repo_id: str, files: dict[str, bytes], *, author="bob", title="Edit") -> str:
+    def commit(self, repo_id: str, files: dict[str, bytes]) -> None:
         """Add files to main as somebody else would, behind the back of the client under test."""
         with self.lock:
             repository = self.repositories[repo_id]
-            parent = repository.branches["main"]
-            tree = dict(repository.commits[parent].files)
-            for path, data in files.items():
-                tree[path] = StoredFile(data, _belongs_in_lfs(path))
-                self.objects[tree[path].sha256] = data
-            repository.branches["main"] = repository.add_commit(parent, tree, title, author)
-            return repository.branches["main"]
+            parent = repository.resolve("main")
+            tree = {path: StoredFile(data, _belongs_in_lfs(path)) for path, data in files.items()}
+            repository.branches["main"] = repository.add_commit(parent.oid, {**parent.files, **tree}, "Edit").oid
+            self.objects |= {stored.sha256: stored.data for stored in tree.values()}
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
-        repository = self.repositories[repo_id]
-        return {path: stored.data for path, stored in repository.commits[repository.resolve(revision)].files.items()}
+        return {path: file.data for path, file in self.repositories[repo_id].resolve(revision).files.items()}
 
     # Serving
 
@@ -253,11 +248,10 @@ class HubServer:
             return error.answer
 
     def _user(self, request: Request) -> str | None:
-        header = request.headers.get("authorization", "")
-        token = header.removeprefix("Bearer ")
-        if header and token not in self.tokens:
+        token = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if token and token not in self.users:
             raise HubError(401, "Invalid credentials in Authorization header")
-        return self.tokens.get(token)
+        return self.users.get(token)
 
     def _signed_in(self, request: Request) -> str:
         if request.user is None:
@@ -275,10 +269,10 @@ class HubServer:
         return repository
 
     def _commit_at(self, repository: Repository, revision: str) -> Commit:
-        oid = repository.resolve(unquote(revision))
-        if oid is None:
+        commit = repository.resolve(unquote(revision))
+        if commit is None:
             raise HubError(404, f"Invalid rev id: {unquote(revision)}", "RevisionNotFound")
-        return repository.commits[oid]
+        return commit
 
     def create_repo(self, request):
         user, wanted = self._signed_in(request), request.json()
@@ -303,34 +297,31 @@ class HubServer:
     def info(self, request, repo_id, revision="main"):
         repository = self._repository(request, repo_id)
         commit = self._commit_at(repository, revision)
-        known = {"id": repository.id, "modelId": repository.id, "author": repository.id.split("/")[0]}
-        known |= {"sha": commit.oid, "private": repository.private, "gated": False}
-        known |= {"tags": [], "lastModified": commit.date, "createdAt": commit.date, "downloads": 0, "likes": 0}
+        known = {"id": repository.id, "sha": commit.oid, "private": repository.private, "tags": []}
         return Answer({**known, "siblings": [{"rfilename": path} for path in sorted(commit.files)]})
 
     def tree(self, request, repo_id, revision, folder=""):
         """Every file below a folder, and the folders on the way, whatever `recursive` says."""
         commit = self._commit_at(self._repository(request, repo_id), revision)
-        prefix = f"{unquote(folder)}/" if folder else ""
         entries = {}
         for path, stored in sorted(commit.files.items()):
-            if path.startswith(prefix):
+            if path.startswith(f"{unquote(folder)}/" if folder else ""):
                 for parent in list(Path(path).parents)[:-1]:
                     entries[str(parent)] = {"type": "directory", "oid": "0" * 40, "size": 0, "path": str(parent)}
                 entries[path] = {"type": "file", "oid": stored.oid, "size": len(stored.data), "path": path}
                 if stored.lfs:
                     entries[path]["lfs"] = {"oid": stored.sha256, "size": len(stored.data), "pointerSize": 130}
-        if prefix and not entries:
+        if folder and not entries:
             raise HubError(404, f"{folder} does not exist", "EntryNotFound")
         return Answer(list(entries.values()))
 
     def discussions(self, request, repo_id):
-        repository = self._repository(request, repo_id)
-        listed = []
-        for number, opened in sorted(repository.pull_requests.items(), reverse=True):
-            entry = {"num": number, "title": opened["title"], "status": opened["status"], "isPullRequest": True}
-            entry |= {"author": {"name": opened["author"]}, "repo": {"name": repository.id, "type": "model"}}
-            listed.append({**entry, "createdAt": repository.commits[opened["head"]].date})
+        repository, listed = self._repository(request, repo_id), []
+        for number, commit in enumerate(repository.pull_requests, start=1):
+            status = "closed" if number in repository.closed else "open"
+            entry = {"num": number, "title": commit.title, "status": status, "isPullRequest": True}
+            entry |= {"author": {"name": "alice"}, "repo": {"name": repository.id, "type": "model"}}
+            listed.append({**entry, "createdAt": "2026-01-01T00:00:00.000Z"})
         return Answer({"discussions": listed, "count": len(listed), "start": 0})
 
     def create_branch(self, request, repo_id, name):
@@ -368,26 +359,21 @@ class HubServer:
         return Answer({})
 
     def apply_commit(self, request, repo_id, revision):
-        repository, author = self._repository(request, repo_id, write=True), self._signed_in(request)
-        branch = unquote(revision)
+        repository, branch = self._repository(request, repo_id, write=True), unquote(revision)
         if branch not in repository.branches:
             raise HubError(404, f"Invalid rev id: {branch}", "RevisionNotFound")
-        head = repository.branches[branch]
-        lines = [json.loads(line) for line in request.body.splitlines() if line.strip()]
-        header = next(line["value"] for line in lines if line["key"] == "header")
-        if not head.startswith(header.get("parentCommit") or ""):
+        head = repository.resolve(branch)
+        header, *lines = [json.loads(line) for line in request.body.splitlines() if line.strip()]
+        if not head.oid.startswith(header["value"].get("parentCommit") or ""):
             raise HubError(412, "A commit has happened since. Please refresh and try again.")
-        tree = self.applied(dict(repository.commits[head].files), lines)
-        oid = repository.add_commit(head, tree, header["summary"], author)
-        body = {"success": True, "commitOid": oid, "commitUrl": f"{self.url}/{repository.id}/commit/{oid}"}
+        commit = repository.add_commit(head.oid, self.applied(dict(head.files), lines), header["value"]["summary"])
+        body = {"success": True, "commitOid": commit.oid, "commitUrl": f"{self.url}/{repo_id}/commit/{commit.oid}"}
         if request.query.get("create_pr") == "1":
-            number = len(repository.pull_requests) + 1
-            opened = {"head": oid, "title": header["summary"], "author": author, "status": "open"}
-            repository.pull_requests[number] = opened
-            body["pullRequestUrl"] = f"{self.url}/{repository.id}/discussions/{number}"
+            repository.pull_requests.append(commit)
+            body["pullRequestUrl"] = f"{self.url}/{repo_id}/discussions/{len(repository.pull_requests)}"
         else:
-            repository.branches[branch] = oid
-        return Answer({**body, "hookOutput": ""})
+            repository.branches[branch] = commit.oid
+        return Answer(body)
 
     def applied(self, tree: dict[str, StoredFile], lines: list[dict]) -> dict[str, StoredFile]:
         """The files after the operations of a commit."""
@@ -475,39 +461,18 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         hub: HubServer = self.server.hub
         headers = {key.lower(): value for key, value in self.headers.items()}
-        request = Request(self.server.name, self.command, self.path, headers)
-        with hub.lock:
-            hub.requests.append(request)
-        faults = hub.take_faults(request)
-        for fault in faults:
-            if fault.call:
-                fault.call()
-        request.body = self._read_body(headers)  # in full before any answer, or keep-alive gets out of step
-        cut = next((fault.cut for fault in faults if fault.cut), None)
-        if cut == "before":
-            return self._hang_up()
-        replaced = next((fault for fault in faults if fault.answer), None)
-        if replaced and not replaced.after:
-            answer = replaced.answer
+        body = self.rfile.read(int(headers.get("content-length", 0)))  # before any answer: keep-alive stays in step
+        request = Request(self.server.name, self.command, self.path, headers, body)
+        answer = hub.serve(request)
+        if answer is None:
+            self.close_connection = True
+            with suppress(OSError):
+                self.connection.shutdown(socket.SHUT_RDWR)
         else:
-            answer = hub.answer(request)
-            answer = replaced.answer if replaced else answer
-        if cut == "after":
-            return self._hang_up()
-        request.status = answer.status
-        self._send(answer)
+            request.status = answer.status
+            self._send(answer)
 
     do_HEAD = do_POST = do_PUT = do_GET
-
-    def _read_body(self, headers: dict[str, str]) -> bytes:
-        if headers.get("transfer-encoding", "").lower() != "chunked":
-            return self.rfile.read(int(headers.get("content-length", 0)))
-        body = b""
-        while size := int(self.rfile.readline().split(b";")[0], 16):
-            body += self.rfile.read(size)
-            self.rfile.readline()
-        self.rfile.readline()
-        return body
 
     def _send(self, answer: Answer):
         body, kind = answer.body, "application/octet-stream"
@@ -519,11 +484,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
-
-    def _hang_up(self):
-        self.close_connection = True
-        with suppress(OSError):
-            self.connection.shutdown(socket.SHUT_RDWR)
 
     def log_message(self, *_):
         pass

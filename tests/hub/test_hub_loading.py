@@ -57,9 +57,12 @@ def world(tmp_path_factory):
         yield hub, root, shas, expected
 
 
-HEAD = """
+ISOLATED = """
 import json, sys
 sys.modules["sam_split"] = sys.modules["conversion"] = sys.modules["hub_card"] = None
+"""
+
+HEAD = """
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForMaskGeneration, AutoProcessor
@@ -117,20 +120,26 @@ print(json.dumps(seen))
 """
 
 
-def interpreter(world, program, name, **variables):
+def interpreter(world, program, *arguments, **variables) -> str:
+    """What a program prints in an interpreter of its own, without the package."""
     hub, root, *_ = world
     environment = {**hub.environment(root), **variables, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [sys.executable, "-c", HEAD + program + TAIL, f"{name}.safetensors"]
+    command = [sys.executable, "-c", ISOLATED + program, *arguments]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert TOKEN not in done.stdout + done.stderr
     assert not any("authorization" in seen.headers for seen in hub.requests if seen.server == "cdn")
-    return json.loads(done.stdout.splitlines()[-1]), load_file(root / f"{name}.safetensors")
+    return done.stdout
+
+
+def loaded(world, program, name, **variables):
+    said = interpreter(world, HEAD + program + TAIL, f"{name}.safetensors", **variables)
+    return json.loads(said.splitlines()[-1]), load_file(world[1] / f"{name}.safetensors")
 
 
 @pytest.fixture(scope="module")
 def online(world):
-    return interpreter(world, ONLINE + PROCESSOR, "online")
+    return loaded(world, ONLINE + PROCESSOR, "online")
 
 
 WHICH = {  # way to load -> (weights, code)
@@ -183,7 +192,7 @@ def test_the_processor_and_the_pipeline(online):
 def test_offline_from_the_cache(world, online):
     hub, *_, expected = world
     hub.requests.clear()
-    seen, masks = interpreter(world, OFFLINE, "offline", HF_HUB_OFFLINE="1")
+    seen, masks = loaded(world, OFFLINE, "offline", HF_HUB_OFFLINE="1")
     assert not hub.requests
     for way in ("by id", "by tag", "by sha"):
         weights, code = WHICH[way]
@@ -194,16 +203,11 @@ def test_offline_from_the_cache(world, online):
 @pytest.mark.parametrize("repo", [REPO, LORA])
 def test_every_python_block_of_the_card_runs(world, repo):
     """Against the pushed repository, one after the other, in one interpreter without the package."""
-    hub, root, _, _ = world
-    card = ModelCard(hub.files(repo)["README.md"].decode())
+    card = ModelCard(world[0].files(repo)["README.md"].decode())
     blocks = re.findall(r"```python\n(.*?)```", card.content, re.DOTALL)
     assert len(blocks) == (4 if repo == REPO else 2)
-    guard = 'import sys\nsys.modules["sam_split"] = sys.modules["conversion"] = sys.modules["hub_card"] = None\n'
     checks = "assert best.shape == (60, 80)\nassert every_mask\n" if repo == REPO else "assert merged\n"
-    environment = hub.environment(root)
-    program = guard + "\n".join(blocks) + checks
-    done = subprocess.run([sys.executable, "-c", program], env=environment, cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    said = interpreter(world, "\n".join(blocks) + checks)
     if repo == REPO:
         promised = re.search(r"([\d,]+) trainable parameters", card.content)[1]
-        assert f"trainable params: {promised} " in done.stdout
+        assert f"trainable params: {promised} " in said

@@ -1,7 +1,6 @@
 """`sam-split push`: what it prints, what it leaves on the Hub, and that a stranger can load all that is sent."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -10,7 +9,7 @@ from pathlib import Path
 import models
 import pytest
 import torch
-from hub_client import ROOT, Client
+from hub_client import Client, environment
 from hub_folders import edit_json, shard
 from hub_server import TOKEN
 from huggingface_hub import ModelCard
@@ -44,7 +43,7 @@ def test_one_commit_every_file_and_the_line_to_paste(hub, push, folder):
     assert "Hashing" in outcome.err
 
 
-def test_a_second_run_has_nothing_to_do(hub, push, folder):
+def test_a_second_run_has_nothing_to_do_and_a_third_sends_what_changed(hub, push, folder):
     push(folder, REPO)
     before = head(hub)
     hub.requests.clear()
@@ -55,12 +54,7 @@ def test_a_second_run_has_nothing_to_do(hub, push, folder):
     assert before in outcome.out
     assert {seen.method for seen in hub.requests} == {"GET"}
     assert not hub.repositories[REPO].private
-
-
-def test_only_what_changed_is_sent(hub, push, folder):
-    push(folder, REPO)
     edit_json(folder / "config.json", note="second")
-    hub.requests.clear()
     assert push(folder, REPO).code == 0
     [commit] = [seen for seen in hub.requests if "/commit/" in seen.path]
     sent = [json.loads(line) for line in commit.body.splitlines()]
@@ -74,7 +68,7 @@ def test_stale_files_go_in_the_same_commit_and_others_stay(hub, push, folder):
     assert push(folder, REPO).code == 0
     assert "model-00002-of-00002.safetensors" in hub.files(REPO)
     theirs = {"modeling_theirs.py": b"1", "images/a.txt": b"2", "LICENSE": b"4"}
-    hub.commit(REPO, {"layers_sam_split.py": b"0", **theirs}, author="alice")
+    hub.commit(REPO, {"layers_sam_split.py": b"0", **theirs})
     before = head(hub)
     for path in folder.glob("model*.safetensors*"):
         path.unlink()
@@ -109,6 +103,9 @@ def test_a_pull_request_and_then_nothing_to_do(hub, push, folder):
     assert "model.safetensors" in hub.files("bob/sam", "refs/pr/1")
     assert "Nothing to do" in push(folder, "bob/sam", "--create-pr").out
     assert len(hub.repositories["bob/sam"].pull_requests) == 1
+    hub.repositories["bob/sam"].closed.add(1)
+    assert push(folder, "bob/sam", "--create-pr").code == 0
+    assert len(hub.repositories["bob/sam"].pull_requests) == 2, "a closed one brings nothing"
 
 
 @pytest.mark.parametrize("exists", [True, False])
@@ -137,20 +134,23 @@ def test_an_adapter_does_not_go_on_top_of_a_model_nor_the_other_way(hub, push, f
     assert push(folder, "alice/lora").code == 2
 
 
-@pytest.mark.parametrize("arguments", [["absent-folder", REPO], ["{folder}", "not a repo"], ["{folder}", "sam"]])
-def test_bad_input_is_one_line_and_exit_code_2(hub, push, folder, arguments):
-    outcome = push(*[argument.format(folder=folder) for argument in arguments])
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("absent", [REPO], "absent is not a folder"),
+        ("model", ["not a repo"], "'not a repo' is not a repository id"),
+        ("model", ["sam"], "expected 'name/repository'"),
+        ("model", [REPO, "--base-revision", "abc"], "--base-model"),
+        ("adapter", [REPO], "adapter_config.json is not JSON"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(hub, push, folder, adapter, name, options, words):
+    (adapter / "adapter_config.json").write_text("{")
+    outcome = push(folder.with_name(name), *options)
     assert outcome.code == 2
     assert outcome.err.startswith("sam-split: error: ")
     assert outcome.err.count("\n") == 1
-    assert not hub.requests
-
-
-def test_an_adapter_whose_config_is_broken(hub, push, adapter):
-    (adapter / "adapter_config.json").write_text("{")
-    outcome = push(adapter, "alice/lora")
-    assert outcome.code == 2
-    assert "adapter_config.json is not JSON" in outcome.err
+    assert words in outcome.err
     assert not hub.requests
 
 
@@ -171,18 +171,10 @@ def test_no_token(hub, folder, tmp_path):
 def test_the_command_loads_the_folder_first_and_keeps_the_token_out_of_sight(hub, folder, tmp_path):
     """The real command in a process of its own: the folder's code sees no package and no token, `ps` no token."""
     with (folder / "configuration_sam_split.py").open("a") as file:
-        file.write(
-            "\nimport os, sys\n"
-            "assert 'HF_TOKEN' not in os.environ\n"
-            "assert not any('hf_' in argument for argument in sys.argv)\n"
-            "assert sys.modules['sam_split'] is None\n"
-        )
-    environment = hub.environment(tmp_path)
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        file.write("\nimport os, sys\nassert 'HF_TOKEN' not in os.environ\nassert sys.modules['sam_split'] is None\n")
     command = [sys.executable, "-m", "conversion", "push", str(folder), REPO, "--allow-modified-code"]
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=tmp_path
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = subprocess.Popen(command, env=environment(hub, tmp_path), cwd=tmp_path, **pipes)
     arguments = set()
     while process.poll() is None:
         for path in Path("/proc").glob("[0-9]*/cmdline"):
