@@ -98,6 +98,28 @@ def new_file(out: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def replacing(out: Path, beside: Path) -> Iterator[Path]:
+    """A temporary path, for a file or a folder, which takes the place of `out` when the block ends well.
+
+    Args:
+        out: what to make or to replace; its folders are made where they are missing.
+        beside: a folder on the same disk for temporary paths; what a process that is killed leaves there is rubbish.
+    """
+    beside.mkdir(exist_ok=True)
+    partial = beside / f"{secrets.token_hex(8)}.partial"
+    with _naming(out):
+        yield partial
+        if partial.is_dir():
+            _flush(partial)
+            shutil.rmtree(out, ignore_errors=True)  # a rename replaces files only
+        else:
+            _flush_entry(partial)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(partial, out)
+        _flush_entry(out.parent)
+
+
+@contextlib.contextmanager
 def flushing(paths: Iterable[Path]) -> Iterator[None]:
     """Flush files to the disk while the block runs: reading them back need not wait for that."""
     with ThreadPoolExecutor(max_workers=1) as thread:

@@ -16,7 +16,7 @@ def build_parser():
     """The parser with every subcommand; each sets `run`, a function of the parsed arguments."""
     from hub_card import push
 
-    from . import adapters, checkpoints, demo
+    from . import adapters, checkpoints, demo, segment
     from .parser import Parser
 
     parser = Parser(
@@ -28,6 +28,7 @@ def build_parser():
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     checkpoints.add_parsers(subparsers)
     adapters.add_parsers(subparsers)
+    segment.add_parser(subparsers)
     push.add_parser(subparsers)
     demo.add_parser(subparsers)
     return parser
