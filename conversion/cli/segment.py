@@ -109,6 +109,8 @@ def run(args) -> int | None:
         print("nothing to do: every image was finished before")
     print(f"{args.out}/annotations.json: {_count(report.masks, 'mask')} of {_count(report.images, 'image')}")
     print(f"file names in it start from {report.root}")
+    if not report.masks:
+        print("no mask passed; lower --min-iou or --min-stability, and name another folder")
     for name in report.skipped:
         print(f"left out, because it cannot be read: {name}")
     if args.format != "coco":

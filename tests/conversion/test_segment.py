@@ -129,6 +129,13 @@ def same(one, other):
     return (one / "annotations.json").read_bytes() == (other / "annotations.json").read_bytes()
 
 
+def test_without_any_mask_it_says_what_to_lower(here, tmp_path, capsys):
+    assert main(command(here, tmp_path / "out", "--min-iou", "1", images="photos/plain.png")) == 0
+    assert "no mask passed; lower --min-iou" in capsys.readouterr().out
+    dataset = json.loads((tmp_path / "out/annotations.json").read_text())
+    assert (dataset["annotations"], len(dataset["images"])) == ([], 1)
+
+
 # Stopped and resumed
 
 
