@@ -35,6 +35,7 @@ TITLES = {
     "ours": "**SamSplit**",
     "ours_checkpointed": "**SamSplit, checkpointed**",
     "ours_compiled": "**SamSplit, torch.compile**",
+    "ours_in_stock_pipeline": "SamSplit in transformers' pipeline",
     "ours_narrow": "SamSplit, values not widened",
     "ours_equal": "SamSplit, values as wide as keys (Flash)",
     "ours_cudnn": "SamSplit, keys of 192, values of 128 (cuDNN)",
@@ -65,7 +66,8 @@ class Case:
         dtype: "float32" or "bfloat16".
         size: side of the square image in pixels.
         batch: images.
-        prompts: prompts per image.
+        prompts: prompts per image; in everything-mode a square number, the points of its grid.
+        image_rows: in everything-mode, the height of the image before it is resized, a key of `everything.SIZES`.
         memory_only: one round is enough, since memory does not scatter.
     """
 
@@ -78,6 +80,7 @@ class Case:
     size: int = 1024
     batch: int = 1
     prompts: int = 1
+    image_rows: int = 480
     memory_only: bool = False
 
 
@@ -145,6 +148,26 @@ def _cases(model: str, dtype: str, batch: int, first: bool, extra: tuple[str, ..
             **common,
         ),
     ]
+    if first and dtype == "float32":
+        peers = ("ours", REFERENCE, "ours_in_stock_pipeline", "meta")
+        points = (16, 64) if model == "tiny" else (144, 1024)
+        found += [
+            Case(
+                f"everything-{count}{suffix} {label}",
+                "everything",
+                f"Segment everything, {count} points, image of {image}, {title}",
+                peers if rows == 480 else peers[:2],
+                prompts=count,
+                image_rows=rows,
+                memory_only=count > 144,
+                **common,
+            )
+            for count, rows, image, suffix in (
+                (points[0], 480, "640 x 480", ""),
+                (points[1], 480, "640 x 480", ""),
+                (points[1], 3000, "12 MP", "-12mp"),
+            )
+        ]
     if first:
         found += [
             Case(
@@ -226,6 +249,19 @@ TARGETS = [
         dtypes="float32",
     ),
     Target("64 prompts, times as fast", "decoder-64", "faster", 2.2, 4.0, devices="cpu", dtypes="float32"),
+    Target("everything-mode, 144 points, added memory", "everything-144", "added", 0.12, 0.08, devices="cpu"),
+    Target("everything-mode, 144 points, times as fast", "everything-144", "faster", 2.22, 2.86, devices="cpu"),
+    Target(
+        "everything-mode, 144 points, times as fast as Meta's",
+        "everything-144",
+        "faster",
+        3.03,
+        4.0,
+        against="meta",
+        devices="cpu",
+    ),
+    Target("everything-mode, 1,024 points, added memory", "everything-1024", "added", 0.12, 0.08, devices="cpu"),
+    Target("everything-mode, 1,024 points, times as fast", "everything-1024", "faster", 2.78, 4.0, devices="cpu"),
     Target("256 prompts, times as fast", "decoder-256", "faster", devices="cpu", dtypes="float32"),
     Target("LoRA step, peak memory", "lora-b.", "peak", 0.35, 0.35, devices="cuda"),
     Target("LoRA step, times as fast", "lora-b.", "faster", 1.25, 1.25, devices="cuda"),

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .cases import MODELS
+from .everything import generator, smooth
 
 
 def _multiple_of_8(width: int) -> int:
@@ -115,6 +116,8 @@ def build(peer: str, case: dict) -> nn.Module:
 
     config = stock_config(case)
     weights = stock_weights(config)
+    if case["task"] == "everything":
+        weights = smooth(weights)
     if peer.startswith("stock"):
         from transformers import SamModel
 
@@ -211,6 +214,14 @@ class Tasks:
         return self.model(
             image_embeddings=self.embeddings, input_points=self.points, multimask_output=False
         ).pred_masks[:, :, 0]
+
+    def _prepare_everything(self):
+        self._build()
+        self._generate = generator(self.peer, self.model, self.case)
+
+    def everything(self):
+        """An image to all its masks, as run lengths."""
+        return self._generate()
 
     def _prepare_lora_step(self):
         from peft import LoraConfig, get_peft_model

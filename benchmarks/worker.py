@@ -87,7 +87,7 @@ class Worker:
 
     def flops(self) -> dict:
         """Counted on shapes alone where a call is slow. The model is gone afterwards."""
-        if self.job["case"]["task"] in ("load", "convert"):
+        if self.job["case"]["task"] in ("load", "convert", "everything"):
             return {"flops": None}
         if self.device == "cpu":
             # Meta's prompt encoder asks which labels are -1; all or none, the shapes are the same.
