@@ -2,8 +2,9 @@
 
     python -m benchmarks.convert_peak [--folder DIR] [--depth 32]
 
-Peak memory counts every resident page, mapped files included, above what the process held before. The limit is a shard
-(5 GB at most; here, the checkpoint) as it is read, as it is held to be written, and as it is read back, plus 100 MB.
+Converting holds a shard in memory at a time; a .pth is one shard. Peak memory counts every resident page, mapped files
+included, above what the process held before. Its limit is three times the checkpoint, which is one shard at this size
+(read, held to be written, read back), plus 100 MB.
 Time is compared with copying the checkpoint, flushing it to the disk and reading it back, on the same disk: four times
 that is the limit. Each measurement starts when such a copy has just been made and removed, because memory that was in
 use a moment ago is cheaper: a virtual machine must first ask its host for other.
@@ -35,8 +36,8 @@ MEBIBYTE = 2**20
 READ_BYTES = 8 * MEBIBYTE
 
 
-class Drawn(Tensors):
-    """Random float32 weights of the given shapes, drawn each time they are read."""
+class Sampled(Tensors):
+    """Random float32 weights of the given shapes, sampled each time they are read."""
 
     def __init__(self, shapes):
         self.specs = {name: Spec(shape, torch.float32) for name, shape in shapes.items()}
@@ -62,7 +63,7 @@ def vit_h(depth: int) -> SamSplitConfig:
 def write_sources(folder: Path, depth: int) -> None:
     """The same model as one safetensors file, in shards, and as Meta's .pth."""
     config = vit_h(depth)
-    split = Drawn(model_shapes(config))
+    split = Sampled(model_shapes(config))
     fused = Renamed(split, plan(split, STOCK_MAP, inverse=True))
     for name, max_bytes in (("single", 5 * 10**9), ("sharded", 5 * 10**8)):
         (folder / name).mkdir()
@@ -121,7 +122,7 @@ def main() -> int:
     parser.add_argument("--depth", type=int, default=32, help="layers of the image encoder, 32 in ViT-H")
     args = parser.parse_args()
 
-    limit = 3 * min(Drawn(model_shapes(vit_h(args.depth))).nbytes, MAX_SHARD_BYTES) + 100 * 10**6
+    limit = 3 * min(Sampled(model_shapes(vit_h(args.depth))).nbytes, MAX_SHARD_BYTES) + 100 * 10**6
     failed = False
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)

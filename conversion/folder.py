@@ -120,8 +120,8 @@ SAM_PROCESSOR = {
 def sized_processor(settings: dict, image_size: int | tuple[int, int], patch_size: int) -> dict:
     """An image processor's settings for an input size: the longest side first, then zeros below and to the right.
 
-    A picture's longest side becomes the longest of `image_size`; SamProcessor refuses a picture whose other side
-    is too long then.
+    An image's longest side becomes the longest of `image_size`; SamProcessor refuses an image whose other side is then
+    too long.
     """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     rows, columns = 4 * height // patch_size, 4 * width // patch_size  # the mask decoder gives four pixels a token

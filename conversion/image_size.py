@@ -55,7 +55,9 @@ def resize(checkpoint: Checkpoint, config, tensors: Tensors, image_size: int | t
         f"{resized.layers} linearly; windows stay {vision.window_size} x {vision.window_size}"
     )
     if sides[0] != sides[1]:
-        message += f"; SamProcessor fills {sides[0]} x {sides[1]} from pictures of that shape and refuses squarer ones"
+        message += (
+            f"; SamProcessor takes images of the shape {sides[0]} x {sides[1]} or more oblong ones, and refuses others"
+        )
     warnings.warn(message, ConversionWarning, stacklevel=2)
     return resized_config, resized
 

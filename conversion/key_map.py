@@ -206,8 +206,8 @@ def plan(keys: Iterable[str], key_map: Mapping, *, inverse: bool = False) -> dic
     if unknown:
         also = f", nor are {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise UnknownKeyError(
-            f"{unknown[0]!r} is no tensor of a Segment Anything model{also}; take out what was added to the model, or "
-            "correct the name"
+            f"{unknown[0]!r} is not a tensor of a Segment Anything model{also}; take out what was added to the "
+            "model, or correct the name"
         )
     if missing:
         also = f", nor do {len(missing) - 1} more" if len(missing) > 1 else ""

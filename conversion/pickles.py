@@ -1,6 +1,7 @@
 """Reading what torch.save wrote, without running anything in it."""
 
 import pickle
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -44,9 +45,13 @@ def _load(path: Path):
 
 
 def _gist(error: Exception) -> str:
-    """The first line of a message, without torch's advice to load the file unsafely."""
-    line = next(iter(str(error).splitlines()), "") or type(error).__name__
-    return line.split("Weights only load failed. ")[-1].split(" In PyTorch 2.6")[0][:160]
+    """What torch says is wrong, without its advice to load the file unsafely."""
+    text = re.sub(r"\x1b\[\d*m", "", str(error))  # torch prints some of it in bold
+    if named := re.search(r"GLOBAL ([\w.]+)", text):
+        return f"it names {named[1]}, which is no tensor"
+    reason = re.search(r"WeightsUnpickler error:\s*(\S[^\n]*)", text)
+    line = reason[1] if reason else next(iter(text.splitlines()), "") or type(error).__name__
+    return line.rstrip(". ")[:160]
 
 
 def _state_dict(loaded, path: Path) -> dict[str, torch.Tensor]:

@@ -162,7 +162,9 @@ def _open_file(path: Path, source: str) -> Checkpoint:
     format = format_of(tensors, source)
     if format != "meta":
         raise ConversionError(
-            f"{source} has the keys of the format {format!r}; name its folder instead, config.json is needed too"
+            f"{source} has the keys of the format {format!r}, which needs a config.json: put it into a folder as "
+            f"{'model.safetensors' if path.suffix == '.safetensors' else 'pytorch_model.bin'}, its base's config.json "
+            "beside it, and name the folder"
         )
     return Checkpoint(source, format, tensors)
 

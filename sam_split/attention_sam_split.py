@@ -5,8 +5,10 @@
 `vision_attention` is the entry; `attention_path` chooses the way, by implementation and device:
 
     eager     all scores in memory     `attn_implementation="eager"`, or a call that asks for the attention weights
-    folded    the fused kernels        CUDA; everywhere under torch.compile and torch.export
+    folded    the fused kernels        CUDA but for float64; everywhere under torch.compile and torch.export
     tiled     one tile of scores       a CPU, and every other accelerator, whose fused kernels may hold all scores
+
+The first computes softmax in float32 at least, the others in the dtype of the scores with sums in float32.
 
 The mask decoder's attention takes its algebra on rows of tokens from here: `can_fold` to `softmax`.
 
@@ -21,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-# Scores of one tile: 4 MB in float32, which a core's caches keep; on an accelerator, few tiles keep it busy.
+# Scores of one tile: 4 MB in float32, which stay in a core's caches. An accelerator is faster on a few large tiles.
 TILE_SCORES_CPU = 2**20
 TILE_SCORES_ACCELERATOR = 2**24
 
@@ -101,8 +103,8 @@ def _check_implementation(implementation, dropout):
 def attention_path(implementation: str, device_type: str, dtype: torch.dtype) -> str:
     """ "eager", "folded" or "tiled": how an implementation is computed on a device.
 
-    Outside CUDA, a fused kernel that refuses keys of this width falls back to all scores in silence, and so does
-    CUDA's in float64.
+    A fused kernel that refuses the width or the dtype falls back to all scores in silence: CUDA's does in float64, and
+    other accelerators' may. torch.compile and torch.export cannot trace tiles, and take the folded way everywhere.
     """
     if implementation == "eager":
         return "eager"
@@ -316,7 +318,7 @@ class TiledAttention(torch.autograd.Function):
     """The same attention with one tile of scores at a time: windows of all heads, or some queries of a head.
 
     Neither scores nor windows are ever laid out for the whole image. Backward computes them again from the projected
-    tokens, the one thing that is kept.
+    tokens, which are kept with the small tables of positions and windows.
 
     Source: memory-efficient attention by tiles of queries (arXiv 2112.05682).
     """

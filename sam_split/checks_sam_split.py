@@ -1,7 +1,7 @@
-"""What the model refuses: inputs that would mean something else, and checkpoints that do not fill it.
+"""What the model refuses: inputs that it would misunderstand, and checkpoints that do not fill it.
 
-This file is copied into each saved model folder. It imports torch, transformers and the standard library, and reads no
-file, network or environment.
+This file is copied into each saved model folder. It imports torch, transformers and the standard library. By itself it
+reads no file, network or environment: `from_pretrained` is transformers', its result is checked here.
 """
 
 import copy
@@ -9,6 +9,7 @@ import difflib
 import functools
 import inspect
 import operator
+from collections.abc import Mapping
 
 import torch
 import transformers
@@ -23,30 +24,32 @@ class InputCheck:
     A shape is spelt as in the docstrings, ("B", "P", "N", 2): a letter stands for one size wherever it occurs.
 
     Args:
-        image, name: the pixels or the embedding of the call's images, if any: their number and device hold for all.
+        image, name: the pixels or the embedding of the images, if there are any. All other arguments must be for the
+            same number of images and on the same device.
     """
 
     def __init__(self, image=None, name=None):
         self.sizes = {} if image is None else {"B": (image.shape[0], name)}  # letter -> size, the argument it is from
         self.device = None if image is None else (image.device, name)
 
-    def __call__(self, name, tensor, *shapes, floating=False, broadcast=False, hint=""):
+    def __call__(self, name, tensor, *shapes, floating=False, real=False, broadcast=False, hint=""):
         """The shape of `shapes` that `tensor` has; any that broadcasts to it, with `broadcast`.
 
         Raises:
             TypeError: if it is no tensor.
-            ValueError: if it has another shape, another device, or integers where `floating` is asked for.
+            ValueError: if it has another shape or device, integers where `floating` is asked for, or bools or complex
+                numbers where `real` is.
         """
         verb = "broadcast to" if broadcast else "be"
         expected = " or ".join(f"({', '.join(map(str, shape))})" for shape in shapes)
         hint = f"; {hint}" if hint else ""
         if not isinstance(tensor, torch.Tensor):
-            raise TypeError(
-                f"{name} must be a torch.Tensor {expected}, got {type(tensor).__name__}; SamProcessor makes tensors "
-                'with return_tensors="pt"'
-            )
+            cure = "call model(**inputs)" if isinstance(tensor, Mapping) else "make one with torch.as_tensor"
+            raise TypeError(f"{name} must be a torch.Tensor {expected}, got {type(tensor).__name__}; {cure}")
         if floating and not tensor.is_floating_point():
             raise ValueError(f"{name} must be floating-point, got {tensor.dtype}{hint}")
+        if real and (tensor.is_complex() or tensor.dtype == torch.bool):
+            raise ValueError(f"{name} must be real numbers, got {tensor.dtype}")
         fitting = [shape for shape in shapes if self._fits(tensor.shape, shape, broadcast)]
         if not fitting:
             raise ValueError(
@@ -79,7 +82,7 @@ class InputCheck:
 
 
 def check_device(name, tensor, weight):
-    """Raise ValueError unless a tensor is where the weight is that meets it first; offloaded ones are on "meta"."""
+    """Raise ValueError unless a tensor is on the device of the weight that uses it, or that is offloaded ("meta")."""
     if weight.device.type != "meta" and tensor.device != weight.device:
         raise ValueError(f"{name} is on {tensor.device} and the model on {weight.device}; move it to model.device")
 
@@ -152,7 +155,7 @@ class CompleteLoading:
 
 
 def _samples(model):
-    """Name -> the bits of the first elements of each tensor in memory; they differ once it is initialised again."""
+    """Name -> the bits of the first eight elements of each tensor in memory; random initialisation changes them."""
     samples = {}
     for name, tensor in model.state_dict().items():
         tensor = getattr(tensor, "_local_tensor", tensor)  # a sharded tensor's part on this device

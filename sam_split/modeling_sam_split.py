@@ -1014,7 +1014,7 @@ class SamSplitModel(SamSplitPreTrainedModel):
         if points is None and labels is not None:
             raise ValueError("input_labels were given without input_points; give both or neither")
         if points is not None:
-            check("input_points", points, ("B", "P", "N", 2))
+            check("input_points", points, ("B", "P", "N", 2), real=True)
             if labels is None:
                 labels = torch.ones(points.shape[:-1], dtype=torch.long, device=points.device)
             check("input_labels", labels, ("B", "P", "N"))
@@ -1022,7 +1022,7 @@ class SamSplitModel(SamSplitPreTrainedModel):
             check_values("input_labels", labels, POINT_LABELS)
         if boxes is not None:
             hint = "add the prompt axis with input_boxes[:, None]" if getattr(boxes, "ndim", 0) == 2 else ""
-            check("input_boxes", boxes, ("B", "P", 4), hint=hint)
+            check("input_boxes", boxes, ("B", "P", 4), real=True, hint=hint)
         if masks is not None:
             size = 1, *(4 * side for side in self.prompt_encoder.grid)
             shape = check("input_masks", masks, ("B", *size), ("B", "P", *size), ("B", *size[1:]), floating=True)

@@ -214,7 +214,7 @@ def _check_config(config: dict) -> None:
         )
     for name, reason in REFUSED.items():
         if config.get(name):
-            raise ConversionError(f"the adapter uses {name}, which has no equal on the other side: {reason}")
+            raise ConversionError(f"the adapter uses {name}, which cannot be expressed there: {reason}")
     if config.get("init_lora_weights", True) not in PLAIN_STARTS:
         start = config["init_lora_weights"]
         raise ConversionError(
@@ -239,7 +239,9 @@ def _parse(config: dict, tensors: Tensors) -> Adapter:
         if match:
             parts.setdefault(match[1], {})[match[2]] = tensors[key]
         elif ".lora_" in name:
-            raise ConversionError(f"{key!r} is no LoRA or DoRA of a linear layer, and only those can be carried over")
+            raise ConversionError(
+                f"{key!r} is not a LoRA or DoRA tensor of a linear layer; only those can be converted"
+            )
         else:
             adapter.saved[name] = tensors[key]
     for name, found in parts.items():
@@ -326,8 +328,8 @@ def _norms(layer: str, name: str, weights: Tensors | None) -> torch.Tensor:
     """The length of each row of a weight that DoRA does not touch: the magnitude that leaves it as it is."""
     if weights is None:
         raise ConversionError(
-            f"DoRA adapts only some of q, k and v, and on qkv the rows of {name} need the magnitude that they have in "
-            "the base; name it with --base"
+            f"DoRA adapts only some of q, k and v; the rows of {name} in qkv then take their magnitude from the base: "
+            "name it with --base"
         )
     return torch.linalg.norm(weights[f"{layer}.{name}.weight"].float(), dim=1)
 
@@ -385,7 +387,8 @@ def _cut(name: str, lora: Lora) -> dict[str, Lora]:
 
 def _imported(source: Path, base) -> Adapter:
     if not source.is_file():
-        raise ConversionError(f"{source} does not exist; expected a .pth or .safetensors file of SAMed or Sam_LoRA")
+        given = "is a folder" if source.is_dir() else "does not exist"
+        raise ConversionError(f"{source} {given}; expected a .pth or .safetensors file of SAMed or Sam_LoRA")
     tensors = SafetensorsFiles([source]) if source.suffix == ".safetensors" else read_weights(source)
     factors = {side: sorted(name for name in tensors if re.fullmatch(rf"w_{side}_\d{{3}}", name)) for side in "ab"}
     others = [name for name in tensors if name not in {*factors["a"], *factors["b"]}]

@@ -11,6 +11,7 @@ from torch import nn
 from trained_adapters import ADAPTERS, masks, meta_masks, ours, trained
 
 from conversion import convert, fuse_adapter, split_adapter
+from conversion.adapters import transport
 from conversion.cli import main
 from conversion.tensors import same_bits
 
@@ -102,11 +103,21 @@ def test_a_is_stacked_and_b_is_block_diagonal(base, tmp_path):
     assert config["target_modules"] == [f"vision_encoder.layers.{layer}.attn.qkv" for layer in (0, 1)]
 
 
+def test_a_block_without_change_keeps_its_magnitude_at_rank_one():
+    """B is zero in the rows of k, so no rank reaches them: one of zeros carries DoRA's magnitude."""
+    b = torch.tensor([1.0, 1, 0, 0, 1, 1])[:, None]
+    parts = transport._cut("attn.qkv", transport.Lora(torch.ones(1, 4), b, 0.5, None, torch.arange(6.0)))
+    assert list(parts) == ["q", "k", "v"]
+    assert parts["k"].magnitude.tolist() == [2, 3]
+    assert parts["k"].a.shape == (1, 4)
+    assert parts["k"].b.tolist() == [[0], [0]]
+
+
 def test_dora_on_some_rows_needs_the_base(base, tmp_path, capsys):
     trained(ours(base), tmp_path / "adapter", r=2, target_modules=["q", "v"], use_dora=True)
     assert main(["adapter", "fuse", str(tmp_path / "adapter"), str(tmp_path / "fused")]) == 2
     assert (
-        "the rows of k need the magnitude that they have in the base; name it with --base" in capsys.readouterr().err
+        "the rows of k in qkv then take their magnitude from the base: name it with --base" in capsys.readouterr().err
     )
     assert not (tmp_path / "fused").exists()
 
@@ -131,7 +142,7 @@ def test_an_adapter_in_bfloat16_stays_so(base, tmp_path):
 REFUSED = {
     "bias": ({"bias": "lora_only"}, "bias='lora_only', which replaces biases of the base; merge it instead"),
     "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa', which also changes the base's weights"),
-    "alora": ({"alora_invocation_tokens": [1]}, "uses alora_invocation_tokens, which has no equal"),
+    "alora": ({"alora_invocation_tokens": [1]}, "uses alora_invocation_tokens, which cannot be expressed"),
     "ia3": ({"peft_type": "IA3"}, "the adapter is IA3, expected LORA"),
     "alpha": ({"lora_alpha": "much"}, "lora_alpha must be a number, got 'much'"),
 }
@@ -177,7 +188,7 @@ BROKEN = {
     ),
     "embedding": (
         lambda s: s.update({f"{LAYER}.lora_embedding_A": torch.ones(2, 2)}),
-        "is no LoRA or DoRA of a linear",
+        "is not a LoRA or DoRA tensor of a linear",
     ),
     "replaced": (lambda s: s.update({f"{LAYER}.weight": torch.ones(32, 32)}), "under another name; merge it instead"),
     "empty": (lambda s: s.clear(), "the adapter holds no LoRA weights"),

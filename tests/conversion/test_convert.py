@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from checkpoint_files import FILES, as_bin, as_is, assert_same, in_bin_shards, in_shards, stock_state, with_duplicate
@@ -274,8 +276,11 @@ BAD_FOLDERS = {
     ),
     "another_dtype": (edit_state(lambda s: s.update({QKV: s[QKV].to(torch.int8)})), "is I8, expected one of F64, F32"),
     "key_missing": (edit_state(lambda s: s.pop(QKV)), f"'{QKV}' is not in the checkpoint"),
-    "key_extra": (edit_state(lambda s: s.update(extra=torch.zeros(1))), "'extra' is no tensor of a Segment Anything"),
-    "key_misspelt": (edit_state(misspell), "attn.qvk.weight' is no tensor of a Segment Anything"),
+    "key_extra": (
+        edit_state(lambda s: s.update(extra=torch.zeros(1))),
+        "'extra' is not a tensor of a Segment Anything",
+    ),
+    "key_misspelt": (edit_state(misspell), "attn.qvk.weight' is not a tensor of a Segment Anything"),
     "key_misshapen": (edit_state(lambda s: s.update({QKV: s[QKV].T.contiguous()})), "must have a multiple of 3 rows"),
     "layer_missing": (
         edit_config(vision_config={"num_hidden_layers": 3}),
@@ -326,6 +331,7 @@ def assert_refused(source, message, tmp_path, capsys):
     assert [line for line in lines if not line.startswith("sam-split: ")] == []
     assert lines[-1].startswith("sam-split: error: ")
     assert message in lines[-1]
+    assert not re.search(r"\x1b|weights_only|two options", lines[-1]), "torch's advice to load it unsafely"
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -342,7 +348,10 @@ BAD_STATES = {
     "mobile_sam": ({"image_encoder.patch_embed.seq.0.c.weight": torch.zeros(1)}, "is MobileSAM"),
     "sam_hq": ({"mask_decoder.hf_token.weight": torch.zeros(1)}, "is HQ-SAM"),
     "split": ({"vision_encoder.layers.0.attn.q.weight": torch.zeros(1)}, "has the keys of the format 'split'"),
-    "stock": ({"vision_encoder.layers.0.attn.qkv.weight": torch.zeros(1)}, "name its folder instead"),
+    "stock": (
+        {"vision_encoder.layers.0.attn.qkv.weight": torch.zeros(1)},
+        "its base's config.json beside it, and name the folder",
+    ),
     "adapter": ({"base_model.model.x.lora_A.weight": torch.zeros(1)}, "a PEFT adapter"),
     "resnet": (
         {"conv1.weight": torch.zeros(1)},
@@ -353,7 +362,11 @@ BAD_STATES = {
     "number": ({"image_encoder.pos_embed": torch.zeros(1), "epoch": 3}, "'epoch' is a int, expected a state dict"),
     "integers": ({"image_encoder.pos_embed": torch.zeros(1, dtype=torch.int64)}, "is torch.int64"),
     "expanded": ({"image_encoder.pos_embed": torch.zeros(1).expand(10**12)}, "is larger than what is stored for it"),
-    "module": (torch.nn.Linear(1, 1), "Its code was not run"),
+    "module": (
+        torch.nn.Linear(1, 1),
+        "it names torch.nn.modules.linear.Linear, which is no tensor. Its code was not run",
+    ),
+    "metric": ({"image_encoder.pos_embed": torch.zeros(1), "best": np.float64(1)}, "it names numpy"),
     "empty": ({}, "expected a state dict"),
 }
 
@@ -363,6 +376,11 @@ def test_a_bad_pth_is_named(fault, tmp_path, capsys):
     state, message = BAD_STATES[fault]
     torch.save(state, tmp_path / "bad.pth")
     assert_refused(tmp_path / "bad.pth", message, tmp_path, capsys)
+
+
+def test_a_text_is_no_checkpoint(tmp_path, capsys):
+    (tmp_path / "README.md").write_text("# A model")
+    assert_refused(tmp_path / "README.md", "README.md holds more than tensors, or is damaged: ", tmp_path, capsys)
 
 
 @pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "legacy"])

@@ -185,9 +185,9 @@ def test_the_same_size_is_not_resampled(stock_folder, tmp_path):
     convert(stock_folder, tmp_path / "out", image_size=1024, progress=False)
 
 
-def test_squarer_pictures_than_an_oblong_input_are_refused_by_the_processor(stock_folder, tmp_path):
+def test_images_less_oblong_than_the_input_are_refused_by_the_processor(stock_folder, tmp_path):
     """What the command says of an oblong size, so that nobody finds pictures cropped in silence."""
-    with pytest.warns(match="768 x 1024 from pictures of that shape and refuses squarer ones"):
+    with pytest.warns(match="images of the shape 768 x 1024 or more oblong ones, and refuses others"):
         convert(stock_folder, tmp_path / "out", image_size=(768, 1024), progress=False)
     processor = AutoProcessor.from_pretrained(tmp_path / "out")
     assert processor(np.zeros((75, 100, 3), np.uint8), return_tensors="pt")["pixel_values"].shape == (1, 3, 768, 1024)

@@ -141,7 +141,7 @@ def test_a_row_is_greppable_and_its_inverse_is_not_written_twice():
             "blocks.1.attn.qkv.weight",
             "blocks.1.attn.qvk.weight",
             UnknownKeyError,
-            "is no tensor of a Segment Anything model",
+            "is not a tensor of a Segment Anything model",
         ),
         ("blocks.1.norm1.weight", None, MissingKeyError, "'image_encoder.blocks.1.norm1.weight' is not in"),
         ("blocks.1.attn.qkv.bias", None, MissingKeyError, "'image_encoder.blocks.1.attn.qkv.bias' is not in"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from models import CHANNELS, GRID, IMAGE_SIZE, boxes, draw, masks, pixels, points, split_model, stock_model
 from PIL import Image
+from transformers import BatchFeature
 
 from sam_split import SamSplitConfig, SamSplitMaskDecoderConfig, SamSplitPromptEncoderConfig, SamSplitVisionConfig
 
@@ -125,6 +126,12 @@ WRONG = {
     ),
     "boxes_elsewhere": ({**PIXELS, "input_boxes": BOXES.to("meta")}, "input_boxes must be where pixel_values is"),
     "masks_elsewhere": ({**PIXELS, "input_masks": MASKS.to("meta")}, "input_masks must be where pixel_values is"),
+    "points_as_bools": ({**PIXELS, "input_points": POINTS > 0}, "input_points must be real numbers, got torch.bool"),
+    "boxes_as_bools": ({**PIXELS, "input_boxes": BOXES > 0}, "input_boxes must be real numbers, got torch.bool"),
+    "boxes_as_complex": (
+        {**PIXELS, "input_boxes": BOXES + 5j},
+        "input_boxes must be real numbers, got torch.complex64",
+    ),
     "masks_as_bools": ({**PIXELS, "input_masks": MASKS > 0}, "input_masks must be floating-point, got torch.bool"),
     "masks_as_bytes": ({**PIXELS, "input_masks": MASKS.byte()}, "input_masks must be floating-point, got torch.uint8"),
     "label_7": (
@@ -163,6 +170,11 @@ def test_forward(ours, case):
 # What is no tensor, or no argument at all: the message must name it, and what would be right.
 MISTAKEN = {
     "pixels_as_array": ({"pixel_values": pixels().numpy()}, "pixel_values must be a torch.Tensor", "got ndarray"),
+    "a_processors_whole_result": (
+        {"pixel_values": BatchFeature(PIXELS)},
+        "pixel_values must be a torch.Tensor",
+        "got BatchFeature; call model(**inputs)",
+    ),
     "pixels_as_image": (
         {"pixel_values": Image.new("RGB", (96, 96))},
         "pixel_values must be a torch.Tensor",
