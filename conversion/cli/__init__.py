@@ -7,6 +7,7 @@ import contextlib
 import logging
 import signal
 import sys
+import threading
 import warnings
 
 from ..errors import CheckFailed, ConversionError, ConversionWarning
@@ -49,15 +50,17 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         0 when all went well, 1 when a check failed, 2 for bad input, 130 after Ctrl-C.
     """
-    with _libraries_silent():
+    with _libraries_silent(), _interruptions() as interrupted:
         try:
             return _run(argv)
-        except CheckFailed as error:
-            return _fail(error, 1)
-        except (ConversionError, OSError) as error:
-            return _fail(error, 2)
-        except KeyboardInterrupt:
-            return _fail("interrupted; nothing was written", 128 + signal.SIGINT)
+        except BaseException as error:
+            if interrupted or isinstance(error, KeyboardInterrupt):
+                return _fail("interrupted; nothing was written", 128 + signal.SIGINT)
+            if isinstance(error, CheckFailed):
+                return _fail(error, 1)
+            if isinstance(error, (ConversionError, OSError)):
+                return _fail(error, 2)
+            raise
 
 
 def _run(argv: list[str] | None) -> int:
@@ -74,6 +77,26 @@ def _run(argv: list[str] | None) -> int:
 def _fail(error, code: int) -> int:
     print(f"sam-split: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
     return code
+
+
+@contextlib.contextmanager
+def _interruptions():
+    """A list with an entry after Ctrl-C, because a library that it meets in its import raises an error of its own."""
+    seen = []
+
+    def note(number, frame):
+        seen.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    ours = before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+    if ours:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield seen
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager

@@ -36,10 +36,10 @@ def outputs(model, leaf):
         with torch.no_grad():
             if leaf == "v_proj":
                 own = getattr(attention, "tokens_to_image", None)
-                out = own(tokens, attention.k_proj(image), image) if own else attention(tokens, image, image)
+                out = own(tokens, (image, attention.k_proj), image) if own else attention(tokens, image, image)
             else:
                 own = getattr(attention, "image_to_tokens", None)
-                out = own(attention.q_proj(image), tokens, tokens) if own else attention(image, tokens, tokens)
+                out = own(attention.q_proj, tokens, tokens)(image) if own else attention(image, tokens, tokens)
         results.append((out[0] if isinstance(out, tuple) else out)[0])
     return results
 
