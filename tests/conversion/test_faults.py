@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from checkpoint_files import FILES, assert_same, stock_state
 from models import meta_model, stock_model
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 from conversion import checkpoints, convert, fuse, split_state_dict, writing
 from conversion.cli import main
@@ -120,6 +122,16 @@ def test_a_full_disk_leaves_nothing(format, stock_folder, tmp_path, capfd):
     assert [path.name for path in tmp_path.iterdir()] == ["split"]
 
 
+@pytest.fixture
+def lock_of_this_process():
+    """tqdm's own lock is shared with forked children: one that is killed while it holds the lock would stop us."""
+    before = tqdm.get_lock()
+    tqdm.set_lock(threading.RLock())
+    yield
+    tqdm.set_lock(before)
+
+
+@pytest.mark.usefixtures("lock_of_this_process")
 @pytest.mark.slow
 @pytest.mark.parametrize("format", ["split", "meta"])
 def test_killed_at_any_moment_it_leaves_no_out_or_a_whole_one(format, stock_folder, expected, tmp_path):
