@@ -60,7 +60,7 @@ from sam_split.training import (
     prefix_hidden_states,
     simulate_prompts,
 )
-from sam_split.training_checks import check_example
+from sam_split.training.checks import check_example
 
 DECODER = r"mask_decoder\.transformer\..*(q_proj|k_proj|v_proj|out_proj|lin1|lin2)"
 PRESETS = {

@@ -25,7 +25,7 @@ from cosmic_ray.work_item import TestOutcome
 
 ROOT = Path(__file__).parents[1]
 TESTS = {
-    "sam_split/training.py": "tests/training",
+    "sam_split/training": "tests/training",
     "sam_split": "tests/model",
     "hub_card": "tests/hub",
     "conversion": "tests/conversion",

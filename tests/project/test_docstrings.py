@@ -9,7 +9,8 @@ WITH_EXAMPLES = {
     "sam_split.configuration_sam_split": {"SamSplitConfig"},
     "sam_split.attention_sam_split": {"kernel_widths", "window_indices"},
     "sam_split.modeling_sam_split": {"SamSplitModel", "segmentation_loss"},
-    "sam_split.training": {"boxes_around", "iou_and_dice"},
+    "sam_split.training.metrics": {"iou_and_dice"},
+    "sam_split.training.prompts": {"boxes_around"},
     "conversion.image_size": {"resample_relative"},
 }
 

@@ -1,12 +1,12 @@
-"""What training refuses, in one message that says what to do: examples, batches and arguments of `training`."""
+"""What training refuses, in one message that says what to do: examples, batches and arguments."""
 
 import difflib
 from collections.abc import Mapping
 
 import numpy as np
 
-from .checks_sam_split import InputCheck, check_values
-from .modeling_sam_split import VOID_LABEL
+from ..checks_sam_split import InputCheck, check_values
+from ..modeling_sam_split import VOID_LABEL
 
 PADDING_POINT = -10  # the label of points that fill up a batch
 PARTS = ("image", "masks", "boxes", "points", "point_labels", "name")  # of an example

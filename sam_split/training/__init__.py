@@ -1,0 +1,25 @@
+"""What fine-tuning needs beside the model: ragged examples to batches, prompts from masks, metrics, a cached prefix.
+
+Shapes as in `modeling_sam_split`; points and boxes are (x, y) in pixels of the tensor they come from. What is random
+takes a `generator`, and samples from torch's own when it is None. Augmentation, schedules and the loop itself come
+from torchvision, datasets and transformers.
+"""
+
+from .checks import PADDING_POINT
+from .collator import SamSplitCollator
+from .metrics import iou_and_dice
+from .prefix import drop_prefix, prefix_hidden_states
+from .prompts import boxes_around, correcting_clicks, jitter_boxes, points_inside, simulate_prompts
+
+__all__ = [
+    "PADDING_POINT",
+    "SamSplitCollator",
+    "boxes_around",
+    "correcting_clicks",
+    "drop_prefix",
+    "iou_and_dice",
+    "jitter_boxes",
+    "points_inside",
+    "prefix_hidden_states",
+    "simulate_prompts",
+]
