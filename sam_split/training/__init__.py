@@ -9,11 +9,22 @@ from .checks import PADDING_POINT
 from .collator import SamSplitCollator
 from .metrics import iou_and_dice
 from .prefix import drop_prefix, prefix_hidden_states
-from .prompts import boxes_around, correcting_clicks, jitter_boxes, points_inside, simulate_prompts
+from .prompts import (
+    background_clicks,
+    boxes_around,
+    correcting_clicks,
+    jitter_boxes,
+    points_inside,
+    simulate_prompts,
+    some_objects,
+    training_prompts,
+)
+from .scores import score_prompts
 
 __all__ = [
     "PADDING_POINT",
     "SamSplitCollator",
+    "background_clicks",
     "boxes_around",
     "correcting_clicks",
     "drop_prefix",
@@ -21,5 +32,8 @@ __all__ = [
     "jitter_boxes",
     "points_inside",
     "prefix_hidden_states",
+    "score_prompts",
     "simulate_prompts",
+    "some_objects",
+    "training_prompts",
 ]

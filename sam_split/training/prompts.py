@@ -7,6 +7,8 @@ from ..modeling_sam_split import VOID_LABEL
 from .checks import PADDING_POINT, check_box_order, check_labels, check_logits, check_number, check_size
 from .metrics import resized
 
+FIRST_PROMPTS = {"box": False, "points": True, "mixed": None}  # what a step begins with: a click?
+
 
 def boxes_around(labels):
     """The smallest boxes (B, P, 4) that hold the pixels labelled 1 of (B, P, h, w); 0 where there is none.
@@ -125,3 +127,70 @@ def simulate_prompts(model, image_embeddings, labels, rounds, generator=None, po
             point_labels = torch.cat([prompts["input_labels"], point_labels], dim=2)
         prompts |= {"input_points": points, "input_labels": point_labels, "input_masks": masks.float()}
     return prompts | {"multimask_output": points_only and rounds == 0}
+
+
+def some_objects(labels, number, generator=None):
+    """At most `number` of each image's objects, chosen at random: (B, number, height, width)."""
+    check_labels(labels)
+    check_number("number", number, 1, int)
+    if labels.shape[1] <= number:
+        return labels
+    real = (labels != VOID_LABEL).flatten(2).any(-1)
+    order = torch.rand(real.shape, generator=generator, device=labels.device) + real  # padding comes last
+    chosen = order.topk(number).indices
+    return labels[torch.arange(len(labels), device=labels.device)[:, None], chosen]
+
+
+def background_clicks(labels, number, generator=None):
+    """Single clicks where no object is, and labels that say so: what is cut out there is worth nothing.
+
+    Pixels that are void for any object are left alone. Objects without a mask count as background, so this needs
+    images in which every object is labelled.
+
+    Args:
+        labels: (B, P, height, width), 0, 1 or void.
+        number: clicks per image.
+
+    Returns:
+        Points (B, number, 1, 2), their labels (B, number, 1), padding where an image has no background, and labels
+        (B, number, height, width), 0, or void where it is unknown; a prompt of padding is void everywhere.
+    """
+    check_labels(labels)
+    real = (labels != VOID_LABEL).flatten(2).any(-1)[..., None, None]  # (B, P, 1, 1)
+    unknown = ((labels == VOID_LABEL) & real).any(1, keepdim=True) | ~real.any(1, keepdim=True)  # (B, 1, h, w)
+    background = ~unknown & (labels != 1).all(1, keepdim=True)
+    points = points_inside(background, number, generator).transpose(1, 2)
+    found = background.flatten(2).any(-1, keepdim=True).expand(-1, number, -1)  # (B, number, 1)
+    nothing = torch.where(unknown | ~found[..., None], VOID_LABEL, 0).to(labels.dtype)
+    return points, torch.where(found, 1, PADDING_POINT), nothing.expand(-1, number, *labels.shape[-2:])
+
+
+def training_prompts(
+    model, image_embeddings, labels, prompts="mixed", corrections=1, background=4, objects=8, generator=None
+):
+    """What one training step is prompted with: boxes or clicks, some of them corrected, and clicks on background.
+
+    Args:
+        model, image_embeddings, labels: as for `simulate_prompts`.
+        prompts: "box", "points", or "mixed" for one of the two at random in each step.
+        corrections: a step has from 0 to this many correcting clicks, each number as often.
+        background: clicks on the background beside single clicks on objects; 0 if not every object is labelled.
+        objects: of each image at most.
+
+    Returns:
+        Inputs of `forward` as from `simulate_prompts`, and the labels of these prompts.
+    """
+    if prompts not in FIRST_PROMPTS:
+        raise ValueError(f"prompts must be one of {', '.join(FIRST_PROMPTS)}, got {prompts!r}")
+    check_number("corrections", corrections, 0, int)
+    check_number("background", background, 0, int)
+    chosen = some_objects(labels, objects, generator)
+    rounds = int(torch.randint(corrections + 1, (), generator=generator, device=labels.device))
+    first_click = FIRST_PROMPTS[prompts]
+    inputs = simulate_prompts(model, image_embeddings, chosen, rounds, generator, points_only=first_click)
+    if background and inputs["multimask_output"]:
+        points, point_labels, nothing = background_clicks(labels, background, generator)
+        inputs["input_points"] = torch.cat([inputs["input_points"], points], dim=1)
+        inputs["input_labels"] = torch.cat([inputs["input_labels"], point_labels], dim=1)
+        chosen = torch.cat([chosen, nothing], dim=1)
+    return inputs, chosen
