@@ -1,4 +1,4 @@
-"""`sam-split demo`: what it prints is what it measured, its picture shows it, and bad input leaves nothing."""
+"""`sam-split demo`: its figures are measured, its plot shows both models' masks, and bad input leaves nothing."""
 
 import contextlib
 import io
@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, SamModel
 
 from conversion import checkpoints
-from conversion.cli import demo, main
+from conversion.cli import demo_checks, main
+from conversion.cli.demo import TINY_SAM
+from conversion.cli.demo_figure import COFFEE, COINS
 from sam_split import SamSplitModel
 
 
@@ -27,7 +29,7 @@ def stock_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def good(stock_folder, tmp_path_factory):
-    """The folder of a run without fault, and what it printed."""
+    """The folder of a successful run, and what it printed."""
     out, printed = tmp_path_factory.mktemp("good") / "out", io.StringIO()
     with contextlib.redirect_stdout(printed):
         assert main(["demo", "--source", str(stock_folder), "--out", str(out)]) == 0
@@ -40,13 +42,13 @@ def out(tmp_path):
 
 
 def rows(text: str) -> dict[str, list[str]]:
-    """Lines of the tables: first column -> the others."""
+    """The rows of the tables: first column -> other columns."""
     lines = [re.split(r"\s{2,}", line.strip()) for line in text.splitlines()]
     return {line[0]: line[1:] for line in lines if len(line) > 1}
 
 
 def damage(monkeypatch, change):
-    """Have `change` alter the state dict of every converted folder."""
+    """Apply `change` to the state dict of every converted folder."""
 
     def convert(source, out, **kwargs):
         checkpoints_convert(source, out, **kwargs)
@@ -65,8 +67,8 @@ def test_numbers_are_the_measured_ones(good, stock_folder):
     assert sorted(path.name for path in out.iterdir()) == ["demo.png", "split"]
 
     ours, theirs = SamSplitModel.from_pretrained(out / "split"), SamModel.from_pretrained(stock_folder)
-    picture = demo.COFFEE.photograph()
-    pixels = AutoProcessor.from_pretrained(out / "split")(picture, return_tensors="pt")["pixel_values"]
+    processor = AutoProcessor.from_pretrained(out / "split")
+    pixels = processor(COFFEE.image(), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         expected = theirs.get_image_embeddings(pixels)
         difference = (ours.get_image_embeddings(pixels) - expected).abs().max().item()
@@ -76,7 +78,7 @@ def test_numbers_are_the_measured_ones(good, stock_folder):
     assert verdict == "ok"
 
     total = sum(parameter.numel() for parameter in ours.parameters())
-    # 2 layers, q and v, matrices A and B of rank 16 and width 32; DoRA adds a magnitude for each of 32 outputs.
+    # 2 layers x (q, v) x (A, B) x rank 16 x width 32; DoRA adds 32 magnitudes to each layer it adapts.
     trainable = {"no adapter": 0, "LoRA q, v": 4096, "LoRA q, k, v": 6144, "DoRA q, v": 4224, "DoRA q, k, v": 6336}
     for adapter, count in trainable.items():
         assert rows(printed)[adapter] == [f"{count:,}", "-", f"{total + count:,}", "-", "-"]
@@ -86,17 +88,16 @@ def test_numbers_are_the_measured_ones(good, stock_folder):
     assert 0 < after < before
 
 
-def test_picture(good):
+def test_plot(good):
     image = Image.open(good[0] / "demo.png").convert("RGB")
     width, height = image.size
     assert width > 1200
     assert height > 500
     assert 1.5 < width / height < 4
     quarters = [image.crop((i * width // 4, 0, (i + 1) * width // 4, height)) for i in range(4)]
-    photograph, theirs, ours, _ = quarters
-    for panel in (photograph, theirs, ours):
+    for panel in quarters[:3]:  # the image, stock's mask, ours
         colours = np.unique(np.asarray(panel.resize((64, 64))).reshape(-1, 3), axis=0)
-        assert len(colours) > 500  # a photograph, not a blank page
+        assert len(colours) > 500  # not a blank page
 
 
 def test_a_wrong_weight_is_seen(stock_folder, out, capsys, monkeypatch):
@@ -124,12 +125,12 @@ def test_nan_is_seen(stock_folder, out, capsys, monkeypatch):
 def test_published_figures_are_compared(good, capsys, monkeypatch):
     model = SamSplitModel.from_pretrained(good[0] / "split")
     total = sum(parameter.numel() for parameter in model.parameters())
-    monkeypatch.setattr(demo, "BASE_PARAMETERS", total)
+    monkeypatch.setattr(demo_checks, "BASE_PARAMETERS", total)
     right = ("right", {"target_modules": ["q", "v"]}, 4096, total + 4096)
     wrong = ("wrong", {"target_modules": ["q", "v"]}, 4097, total + 4096)
     half = ("half", {"target_modules": ["q", "v"]}, 4096, None)
-    monkeypatch.setattr(demo, "PUBLISHED", (right, wrong, half))
-    assert demo.count_adapters(model) == ["wrong"]
+    monkeypatch.setattr(demo_checks, "PUBLISHED", (right, wrong, half))
+    assert demo_checks.count_adapters(model) == ["wrong"]
     printed = rows(capsys.readouterr().out)
     assert [printed[name][-1] for name in ("no adapter", "right", "wrong", "half")] == ["ok", "ok", "FAIL", "ok"]
     assert printed["wrong"] == ["4,096", "4,097", f"{total + 4096:,}", f"{total + 4096:,}", "FAIL"]
@@ -140,14 +141,14 @@ def test_a_changed_base_weight_is_seen(good, capsys):
     model = SamSplitModel.from_pretrained(folder)
     with torch.no_grad():
         model.vision_encoder.layers[0].attn.q.weight[0, 0] += 1e-3
-    scene, processor = demo.COFFEE, AutoProcessor.from_pretrained(folder)
-    failed = demo.train_one_step(model, processor, scene.photograph(), scene.box, folder)
+    processor = AutoProcessor.from_pretrained(folder)
+    failed = demo_checks.train_one_step(model, processor, COFFEE.image(), COFFEE.box, folder)
     assert failed == ["base weights"]
     assert rows(capsys.readouterr().out)["base weights"] == ["1 changed", "FAIL"]
 
 
 def test_ellipse():
-    labels = demo.ellipse(torch.tensor([2.0, 1.0, 8.0, 5.0]), (6, 10))
+    labels = demo_checks.ellipse(torch.tensor([2.0, 1.0, 8.0, 5.0]), (6, 10))
     assert labels.shape == (1, 1, 6, 10)
     assert labels[0, 0].tolist() == [
         [0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
@@ -159,16 +160,16 @@ def test_ellipse():
     ]
 
 
-def test_tiny_sam_draws_the_coin(out, capsys):
-    """Both prompts give the coin: a disc of known place and size. And the counts are ViT-B's, as published."""
+def test_tiny_sam_segments_the_coin(out, capsys):
+    """Both prompts give the coin, a disc that fills the box. The counts are ViT-B's, as published."""
     assert main(["demo", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert rows(printed)["LoRA q, v"] == ["589,824", "589,824", "94,325,296", "94,325,296", "ok"]
 
-    photograph, processor = demo.COINS.photograph(), AutoProcessor.from_pretrained(out / "split")
-    models = SamSplitModel.from_pretrained(out / "split").eval(), SamModel.from_pretrained(demo.TINY_SAM).eval()
-    _, views = demo.compare(*models, processor, photograph, demo.COINS)
-    coin = demo.ellipse(torch.tensor(demo.COINS.box), photograph.shape[:2])[0, 0] > 0
+    image, processor = COINS.image(), AutoProcessor.from_pretrained(out / "split")
+    models = SamSplitModel.from_pretrained(out / "split").eval(), SamModel.from_pretrained(TINY_SAM).eval()
+    _, views = demo_checks.compare(*models, processor, image, COINS)
+    coin = demo_checks.ellipse(torch.tensor(COINS.box), image.shape[:2])[0, 0] > 0
     for view in views:
         for mask in (view.ours > 0, view.theirs > 0):
             assert (mask & coin).sum() / (mask | coin).sum() > 0.85, view.prompt
