@@ -273,7 +273,7 @@ def _input_size(config):
 
 
 @contextlib.contextmanager
-def _inference(model):
+def inference(model):
     """No gradients and no dropout inside; each module is then as it was."""
     training = [module for module in model.modules() if module.training]
     for module in training:
@@ -299,7 +299,7 @@ def _encode(model, crops, options):
             resized = F.interpolate(resized, crop.resized, mode="bilinear", align_corners=False, antialias=True)[0]
         normal = resized.float().sub(mean).div(std)
         inputs.append(F.pad(normal, (0, columns - normal.shape[2], 0, rows - normal.shape[1])))
-    with _inference(model):
+    with inference(model):
         return model.get_image_embeddings(torch.stack(inputs).to(model.device))
 
 
@@ -328,7 +328,7 @@ def _decode(model, crop, embedding, options, bar):
     for points in crop.points.split(max(1, min(options.points_per_batch or limit, limit))):
         if not len(points):
             continue
-        with _inference(model):
+        with inference(model):
             prompts = (points * ratio).to(device)[None, :, None]  # (1, P, 1, 2)
             output = model(input_points=prompts, image_embeddings=embedding, multimask_output=True)
             masks, scores = output.pred_masks[0], output.iou_scores[0]  # (P, M, 4 * H, 4 * W), (P, M)

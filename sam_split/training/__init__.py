@@ -1,4 +1,4 @@
-"""What fine-tuning needs beside the model: ragged examples to batches, prompts from masks, metrics, a cached prefix.
+"""What fine-tuning needs beside the model: ragged examples to batches, prompts from masks, metrics, evaluation.
 
 Shapes as in `modeling_sam_split`; points and boxes are (x, y) in pixels of the tensor they come from. What is random
 takes a `generator`, and samples from torch's own when it is None. Augmentation, schedules and the loop itself come
@@ -7,6 +7,7 @@ from torchvision, datasets and transformers.
 
 from .checks import PADDING_POINT
 from .collator import SamSplitCollator
+from .evaluation import Evaluation, evaluate, evaluation_table
 from .metrics import iou_and_dice
 from .prefix import drop_prefix, prefix_hidden_states
 from .prompts import (
@@ -23,11 +24,14 @@ from .scores import score_prompts
 
 __all__ = [
     "PADDING_POINT",
+    "Evaluation",
     "SamSplitCollator",
     "background_clicks",
     "boxes_around",
     "correcting_clicks",
     "drop_prefix",
+    "evaluate",
+    "evaluation_table",
     "iou_and_dice",
     "jitter_boxes",
     "points_inside",

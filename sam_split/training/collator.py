@@ -43,7 +43,7 @@ class SamSplitCollator:
             TypeError, ValueError: naming the example and its part that cannot be used, and what to do.
         """
         given = check_batch(examples)
-        images = [_rgb(example["image"]) for example in examples]
+        images = [rgb_pixels(example["image"]) for example in examples]
         images = self.image_processor(images, return_tensors="pt", input_data_format="channels_last")
         batch = {"pixel_values": images["pixel_values"]}
         originals, resized = images["original_sizes"].tolist(), images["reshaped_input_sizes"].tolist()
@@ -80,7 +80,7 @@ def _prompts(example):
     return next((len(example[name]) for name in ("masks", "boxes", "points") if example.get(name) is not None), 1)
 
 
-def _rgb(image):
+def rgb_pixels(image):
     """(height, width, 3) of a PIL image or an array."""
     image = np.array(image.convert("RGB") if hasattr(image, "convert") else image)  # a copy, for PIL's is read-only
     return np.repeat(image[..., None], 3, axis=2) if image.ndim == 2 else image
