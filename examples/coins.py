@@ -1,4 +1,4 @@
-"""Crops of a photograph and masks of its coins, as a folder that `finetune_lora.py` takes.
+"""Crops of a photograph and masks of its coins, as a folder that `sam-split finetune` takes.
 
     python examples/coins.py OUT
 

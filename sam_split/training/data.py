@@ -1,0 +1,165 @@
+"""Images and the masks of their objects, from a folder, from COCO's annotations or from a Hugging Face dataset."""
+
+import contextlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from .checks import check_example
+
+
+class Examples(Sequence):
+    """Examples as `SamSplitCollator` takes them, each read when it is asked for.
+
+    Args:
+        readers: name -> a function that returns an image (PIL) and its masks (P, height, width).
+    """
+
+    def __init__(self, readers):
+        self.readers = dict(readers)
+        self.names = list(self.readers)
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, index):
+        name = self.names[index]
+        try:
+            image, masks = self.readers[name]()
+            example = {"name": name, "image": image, "masks": masks}
+            check_example(example, name)
+            image.load()  # PIL decodes a file when it is first used
+        except (OSError, ValueError, TypeError, SyntaxError) as error:  # PIL has three ways to refuse a file
+            raise ValueError(f"{name}: {error}; correct or remove it, or pass --skip-bad") from error
+        return example
+
+    def usable(self, skip_bad=False):
+        """These examples once each has been read; those that cannot be used raise ValueError or are left out."""
+        kept = {}
+        for index, name in enumerate(self.names):
+            try:
+                self[index]
+                kept[name] = self.readers[name]
+            except ValueError as error:
+                if not skip_bad:
+                    raise
+                print(f"skipped {error}", file=sys.stderr)
+        if not kept:
+            raise ValueError("no image can be used")
+        return Examples(kept)
+
+    def held_out(self, share, seed=0):
+        """These examples without some, and some: about `share` of all, sampled by `seed`, one at least."""
+        if len(self) < 2:
+            raise ValueError(f"at least two images are needed, one of them to test on, got {len(self)}")
+        order = np.random.default_rng(seed).permutation(len(self))
+        chosen = {self.names[i] for i in order[: max(1, round(share * len(self)))]}
+        parts = (
+            {name: reader for name, reader in self.readers.items() if (name in chosen) == of_chosen}
+            for of_chosen in (False, True)
+        )
+        return tuple(Examples(part) for part in parts)
+
+
+def find_examples(source, split="train", image_column="image", mask_column="mask"):
+    """The examples of a folder or a Hugging Face dataset.
+
+    Args:
+        source: a folder with `images/NAME.png` (or .jpg) and `masks/NAME.png`, 0 for background, another value per
+            object; a folder with `images/` and COCO's `annotations.json` (polygons or run lengths); or a saved
+            dataset or the Hub id of one, with columns of images and of such masks.
+        split, image_column, mask_column: of a dataset.
+
+    Raises:
+        ValueError: if it is none of these.
+    """
+    folder = Path(source)
+    if (folder / "annotations.json").is_file():
+        return Examples(_coco_readers(folder))
+    if (folder / "images").is_dir():
+        return Examples(_folder_readers(folder))
+    return Examples(_dataset_readers(str(source), split, image_column, mask_column))
+
+
+def object_masks(instances):
+    """Masks (P, height, width) of a map in which 0 is background and every other value one object."""
+    instances = np.asarray(instances)
+    if instances.ndim != 2:
+        raise ValueError(f"a mask must have one channel, got shape {instances.shape}; save it in mode L or I;16")
+    values = np.unique(instances)
+    return (instances == values[values > 0][:, None, None]).astype(np.int8)
+
+
+def _folder_readers(folder):
+    from PIL import Image
+
+    readers = {}
+    for path in sorted((folder / "images").glob("[!.]*")):
+        mask = folder / "masks" / f"{path.stem}.png"
+        if not mask.is_file():
+            raise ValueError(f"{path} has no mask {mask}")
+        readers[path.name] = lambda path=path, mask=mask: (Image.open(path), object_masks(Image.open(mask)))
+    return readers
+
+
+def _coco_readers(folder):
+    from PIL import Image
+    from pycocotools.coco import COCO
+
+    try:
+        with contextlib.redirect_stdout(None):
+            coco = COCO(folder / "annotations.json")
+        images = {image["file_name"]: image["id"] for image in coco.dataset["images"]}
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        raise ValueError(f"{folder / 'annotations.json'} is not in COCO's format: {error!r}") from error
+
+    def read(name, number):
+        image = Image.open(folder / "images" / name)
+        try:
+            masks = [coco.annToMask(annotation) for annotation in coco.loadAnns(coco.getAnnIds(number))]
+        except (KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"its annotations are not in COCO's format: {error!r}") from error
+        return image, np.stack(masks) if masks else np.zeros((0, image.height, image.width), np.int8)
+
+    return {name: lambda name=name, number=number: read(name, number) for name, number in images.items()}
+
+
+def _dataset_readers(source, split, image_column, mask_column):
+    data = _dataset(source, split)
+    for column in (image_column, mask_column):
+        if column not in data.column_names:
+            raise ValueError(f"{source} has no column {column!r}; it has {', '.join(data.column_names)}")
+
+    def read(index):
+        row = data[index]
+        return row[image_column], object_masks(row[mask_column])
+
+    return {f"row {index}": lambda index=index: read(index) for index in range(len(data))}
+
+
+def _dataset(source, split):
+    import datasets
+
+    folder = Path(source)
+    if not folder.is_dir():
+        if folder.exists() or folder.is_absolute() or source.count("/") > 1:
+            raise ValueError(
+                f"{source} is not a folder; name a folder with images/ and masks/, or a dataset on the Hub"
+            )
+        try:
+            return datasets.load_dataset(source, split=split)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{source} is neither a folder nor a dataset that the Hub gives: {reason}") from error
+    if not list(folder.glob("dataset_*.json")):
+        raise ValueError(
+            f"{source} holds neither images/ and masks/, nor images/ and annotations.json, nor a saved dataset"
+        )
+    data = datasets.load_from_disk(source)
+    if isinstance(data, dict):
+        if split not in data:
+            raise ValueError(f"{source} has no split {split!r}; name one with --split: {', '.join(data)}")
+        data = data[split]
+    return data

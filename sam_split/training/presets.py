@@ -1,0 +1,56 @@
+"""Which layers an adapter changes."""
+
+_QV = r"vision_encoder\..*\.attn\.(q|v)"
+_DECODER = r"mask_decoder\.transformer\..*(q_proj|k_proj|v_proj|out_proj|lin1|lin2)"
+# preset -> the full names of its layers; `late` is counted from the model's end.
+PRESETS = {
+    "encoder": _QV,
+    "encoder-qkv": r"vision_encoder\..*\.attn\.(q|k|v)",
+    "late": r"vision_encoder\.layers\.({layers})\.attn\.(q|v)",
+    "decoder": _DECODER,
+    "encoder+decoder": rf"{_QV}|{_DECODER}",
+}
+
+
+def lora_config(preset, model, rank=16, late_layers=3):
+    """PEFT's config of a preset.
+
+    | preset | what the adapter changes |
+    |---|---|
+    | `encoder` | q and v of the image encoder |
+    | `encoder-qkv` | q, k and v of the image encoder |
+    | `late` | q and v of the image encoder's last layers; what the others compute can be kept |
+    | `decoder` | the mask decoder's attention and MLPs |
+    | `encoder+decoder` | q and v of the image encoder, and what `decoder` changes |
+
+    `target_modules=["q_proj", "v_proj"]` of your own adapts the mask decoder alone, for the encoder's layers are
+    called q, k and v. `lora_dropout` (0 here) in the decoder's v_proj and out_proj acts on averages over the image and
+    on the few prompt tokens, not on image positions: its noise does not average out as in stock SamModel.
+
+    Args:
+        preset: one of `PRESETS`.
+        model: a `SamSplitModel`.
+        rank: of the update of each layer.
+        late_layers: how many layers of the image encoder `late` changes.
+    """
+    from peft import LoraConfig
+
+    layers = range(frozen_layers(preset, model, late_layers), len(model.vision_encoder.layers))
+    target = PRESETS[preset].replace("{layers}", "|".join(map(str, layers)))
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=target)
+
+
+def frozen_layers(preset, model, late_layers=3):
+    """How many of the image encoder's first layers a preset leaves as they are, so that their output can be kept.
+
+    Raises:
+        ValueError: if there is no such preset, or `late_layers` leaves no layer frozen.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    if preset != "late":
+        return 0
+    number = len(model.vision_encoder.layers)
+    if not 0 < late_layers < number:
+        raise ValueError(f"--late-layers must be from 1 to {number - 1}, got {late_layers}")
+    return number - late_layers
