@@ -13,6 +13,7 @@ from .collator import SamSplitCollator
 from .data import Examples, find_examples, object_masks
 from .evaluation import Evaluation, evaluate, evaluation_table
 from .metrics import iou_and_dice
+from .pictures import overlay_page, plot_gains
 from .prefix import CachedImages, drop_prefix, prefix_hidden_states
 from .presets import PRESETS, lora_config
 from .prompts import (
@@ -45,6 +46,8 @@ __all__ = [
     "jitter_boxes",
     "lora_config",
     "object_masks",
+    "overlay_page",
+    "plot_gains",
     "points_inside",
     "prefix_hidden_states",
     "score_prompts",

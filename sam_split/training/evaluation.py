@@ -201,4 +201,8 @@ def _cells(name, parts):
     values = [part.means[name] for part in parts]
     digits = 1 if name == "masks" else 3
     cells = [f"{value:.{digits}f}" for value in values]
-    return [*cells, f"{values[1] - values[0]:+.{digits}f}"] if len(values) == 2 else cells
+    return [*cells, signed(values[1] - values[0], digits)] if len(values) == 2 else cells
+
+
+def signed(change, digits=3):
+    return f"{round(change, digits) + 0.0:+.{digits}f}"  # + 0.0, for there is no -0.000

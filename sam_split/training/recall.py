@@ -17,10 +17,12 @@ def object_entry(mask):
     """An object's mask (height, width), 0, 1 or void, as a dict."""
     from pycocotools import mask as run_lengths
 
-    entry = mask_entry(run_lengths.encode(np.asfortranarray(mask == 1, np.uint8)))
-    if (void := mask == VOID_LABEL).any():
-        entry["void"] = run_lengths.encode(np.asfortranarray(void, np.uint8))
-    return entry
+    def encoded(pixels):
+        lengths = run_lengths.encode(np.asfortranarray(pixels, np.uint8))
+        return {**lengths, "counts": lengths["counts"].decode()}
+
+    void = mask == VOID_LABEL
+    return mask_entry(encoded(mask == 1), **({"void": encoded(void)} if void.any() else {}))
 
 
 def mask_entry(segmentation, **more):
