@@ -1,6 +1,8 @@
-"""ViT-B with quantised weights on a CPU: their memory, the error, and a LoRA step. `python -m benchmarks.quantised`.
+"""ViT-B with quantised weights on a CPU: size, error of the embedding, and a LoRA step.
 
-Weights are seeded and random, so the error is that of no trained model. Each row is a process of its own.
+    python -m benchmarks.quantised
+
+Weights are random, from a seed: the error of a trained model differs. Each row is measured in its own process.
 """
 
 import subprocess
@@ -39,7 +41,7 @@ def row(name, folder):
     from torchao.quantization import Int8WeightOnlyConfig  # noqa: F401 - named in ROWS
     from transformers import AutoModel, BitsAndBytesConfig, TorchAoConfig  # noqa: F401
 
-    import sam_split  # noqa: F401 - makes AutoModel know the model
+    import sam_split  # noqa: F401 - registers the model with AutoModel
 
     from .meters import CPU
 
@@ -54,7 +56,7 @@ def row(name, folder):
     def step():
         adapted(pixel_values=pixels, input_boxes=box, multimask_output=False).pred_masks.square().mean().backward()
 
-    # Trained before it is evaluated: for inference bitsandbytes packs 4-bit weights in a way that has no gradient.
+    # Train first: in eval mode bitsandbytes repacks 4-bit weights into a format without gradients.
     measured = meter.measure(step, 0)
     error = "-"
     if ROWS[name]:

@@ -1,4 +1,4 @@
-"""The parameter counts that the documentation publishes, to the digit, on the real ViT-B without its memory."""
+"""The exact parameter counts that the documentation publishes, on the real ViT-B on the meta device."""
 
 import pytest
 import torch

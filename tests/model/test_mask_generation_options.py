@@ -1,4 +1,4 @@
-"""Mask generation takes every kind of image and option, and refuses in one line what would mean something else."""
+"""Mask generation takes every kind of image and option, and refuses ambiguous ones in one line."""
 
 import io
 import math

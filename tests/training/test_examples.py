@@ -81,7 +81,7 @@ def test_tiny_sam_segments_unseen_shapes(base):
 
 
 def test_adapter_learns_coins(base, coins, tmp_path):
-    """Held-out coins gain, the base keeps its bits, every tensor of the adapter moves, and the files are there."""
+    """IoU rises on held-out coins, the base keeps its bits, every adapter tensor changes, and the files exist."""
     assert run(base, coins / "train", tmp_path, "--val", str(coins / "test"), "--steps", "30") == 0
     row = json.loads((tmp_path / "results.json").read_text())
     assert row["IoU after"] > row["IoU before"] + 0.01
@@ -200,7 +200,7 @@ def test_folder_coco_and_dataset_agree(tmp_path):
 
 
 def test_skip_bad(base, tmp_path, capsys):
-    """An image that cannot be read is left out, and no other takes its place."""
+    """An image that cannot be read is left out and not replaced by another."""
     folder = image_folder(tmp_path / "data")
     path = folder / "images" / "2.png"
     path.write_bytes(path.read_bytes()[:200])
@@ -252,7 +252,7 @@ def test_options_together(base, coins, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_processes(base, coins, tmp_path, launcher):
-    """Eight images are one epoch of two steps: two processes with two images each. One alone would see half."""
+    """Eight images are one epoch of two steps: two processes, two images each."""
     program, _, options = launcher.partition(" --")
     port = "--main_process_port 0" if "accelerate" in launcher else "--standalone"  # any port that is free
     command = [*f"{program} {port} --{options}".split(), base, coins / "test", tmp_path, *QUICK, "--steps", "2"]

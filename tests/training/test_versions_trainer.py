@@ -1,4 +1,4 @@
-"""transformers' Trainer trains the model: accumulation, evaluation and checkpoints mean what they say."""
+"""transformers' Trainer trains the model: accumulation, evaluation and checkpoints work as documented."""
 
 import pytest
 import torch
