@@ -1,9 +1,9 @@
-"""What is measured: models, cases with their peers, and targets. Imported before torch, so it needs no torch."""
+"""What is measured: the models, the cases, the peers of each and the targets. No torch here: this is read first."""
 
 import re
 from dataclasses import dataclass
 
-# Fields of transformers' SamVisionConfig. "tiny" is for --quick, which tests the benchmarks themselves.
+# Fields of transformers' SamVisionConfig. The last one checks the benchmarks themselves, see --quick.
 MODELS = {
     "vit_b": {
         "hidden_size": 768,
@@ -49,26 +49,26 @@ TITLES = {
     "from_meta": "from Meta's .pth",
 }
 
-# Ratios compare each peer with this one.
+# Every ratio is a peer's figure beside this one's.
 REFERENCE = "stock_sdpa"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement, the same for all its peers.
+    """One thing to measure, the same for all its peers.
 
     Args:
-        name: unique in a run; `--only` selects by it.
+        name: what `--only` is matched against; unique in a run.
         task: a method of `benchmarks.tasks.Tasks`.
         title: for the report.
-        peers: keys of `TITLES`, in the order of measurement.
+        peers: keys of `TITLES`, in the order in which they take turns.
         model: a key of `MODELS`.
         dtype: "float32" or "bfloat16".
         size: side of the square image in pixels.
         batch: images.
-        prompts: prompts per image; in everything-mode the points of the grid, a square number.
-        image_rows: in everything-mode, the image's height before resizing, a key of `everything.SIZES`.
-        memory_only: measured in one round only, because memory varies little.
+        prompts: prompts per image; in everything-mode a square number, the points of its grid.
+        image_rows: in everything-mode, the height of the image before it is resized, a key of `everything.SIZES`.
+        memory_only: one round is enough, since memory does not scatter.
     """
 
     name: str
@@ -87,11 +87,11 @@ class Case:
 def cases(
     models: list[str], dtypes: list[str], batches: list[int], compiled: bool = False, paddings: bool = False
 ) -> list[Case]:
-    """All cases, shortest first, so that an interrupted run has measured most of them.
+    """All cases, the shortest first, so that a stopped run has the most to show.
 
     Args:
-        compiled: add the peers under torch.compile.
-        paddings: add a peer for each way to pad keys and values for CUDA's kernels.
+        compiled: with the peers under torch.compile.
+        paddings: with a peer for each way to widen keys and values for CUDA's kernels.
     """
     extra = ("ours_compiled", "stock_sdpa_compiled") * compiled
     extra += ("ours_narrow", "ours_equal", "ours_cudnn") * paddings
@@ -112,7 +112,7 @@ def _cases(model: str, dtype: str, batch: int, first: bool, extra: tuple[str, ..
     size = 1024 if model != "tiny" else 256
     common = {"model": model, "dtype": dtype, "size": size}
     found = []
-    if first and dtype == "float32":  # neither depends on dtype or batch
+    if first and dtype == "float32":  # neither depends on the dtype of the computation or on the batch
         found += [
             Case(f"load {label}", "load", f"from_pretrained, {title}", ("ours", REFERENCE), **common),
             Case(f"convert {label}", "convert", f"convert, {title}", ("from_transformers", "from_meta"), **common),
@@ -125,7 +125,7 @@ def _cases(model: str, dtype: str, batch: int, first: bool, extra: tuple[str, ..
                 f"Prompt encoder and mask decoder, {prompts} prompt{'s' * (prompts > 1)}, {title}",
                 everyone,
                 prompts=prompts,
-                memory_only=prompts == 256,  # four times the work of 64 prompts, at the same rate
+                memory_only=prompts == 256,  # four times as long as 64, at the same rate
                 **common,
             )
             for prompts in (1, 64, 256)
@@ -185,9 +185,9 @@ def _cases(model: str, dtype: str, batch: int, first: bool, extra: tuple[str, ..
 
 @dataclass(frozen=True)
 class Target:
-    """A figure that the report lists for all runs, with its target, if it has one.
+    """A figure that the report follows over all runs, and what it must reach, if anything.
 
-    `figure` is one of `Run.ratios`. `limit` is the least value for `faster` and `share`, and the greatest for memory.
+    `figure` is one of `Run.ratios`: `faster` and `share` of at least `limit` are wanted, memory of at most `limit`.
     """
 
     title: str
@@ -205,7 +205,7 @@ class Target:
         return self.figure in ("faster", "share")
 
     def applies(self, name: str, device: str) -> bool:
-        """Whether the target is for this case."""
+        """Whether a case is the one that the target is about."""
         part, model, dtype = name.split()
         return (
             model == "vit_b"
@@ -215,7 +215,7 @@ class Target:
         )
 
     def met(self, values: list[float]) -> str:
-        """The target that the worst value reaches."""
+        """What the least favourable of the values reaches."""
         if self.limit is None:
             return "-"
         worst = min(values) if self.more_is_better else -max(values)
@@ -223,7 +223,7 @@ class Target:
         return "stretch" if worst >= sign * self.stretch else "yes" if worst >= sign * self.limit else "**no**"
 
 
-# Figures that hold on every machine come first: memory, and the share of its best matrix product's rate.
+# What holds everywhere comes first: memory, and the share of the machine's best matrix product.
 TARGETS = [
     Target("image encoder, added memory", "encoder-b1", "added", 0.17, 0.10, devices="cpu"),
     Target("LoRA step, peak memory", "lora-b1", "peak", 0.42, 0.30, devices="cpu"),

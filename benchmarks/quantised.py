@@ -1,8 +1,6 @@
-"""ViT-B with quantised weights on a CPU: size, error of the embedding, and a LoRA step.
+"""ViT-B with quantised weights on a CPU: their memory, the error, and a LoRA step. `python -m benchmarks.quantised`.
 
-    python -m benchmarks.quantised
-
-Weights are random, from a seed: the error of a trained model differs. Each row is measured in its own process.
+Weights are seeded and random, so the error is that of no trained model. Each row is a process of its own.
 """
 
 import subprocess
@@ -41,7 +39,7 @@ def row(name, folder):
     from torchao.quantization import Int8WeightOnlyConfig  # noqa: F401 - named in ROWS
     from transformers import AutoModel, BitsAndBytesConfig, TorchAoConfig  # noqa: F401
 
-    import sam_split  # noqa: F401 - registers the model with AutoModel
+    import sam_split  # noqa: F401 - makes AutoModel know the model
 
     from .meters import CPU
 
@@ -56,7 +54,7 @@ def row(name, folder):
     def step():
         adapted(pixel_values=pixels, input_boxes=box, multimask_output=False).pred_masks.square().mean().backward()
 
-    # Train first: in eval mode bitsandbytes repacks 4-bit weights into a format without gradients.
+    # Trained before it is evaluated: for inference bitsandbytes packs 4-bit weights in a way that has no gradient.
     measured = meter.measure(step, 0)
     error = "-"
     if ROWS[name]:

@@ -20,7 +20,7 @@ _PUBLIC = {
     "verify": "verification",
     "fuse_adapter": "adapters.transport",
     "split_adapter": "adapters.transport",
-    "import_adapter": "adapters.samed",
+    "import_adapter": "adapters.transport",
     "merge": "adapters.merge",
 }
 

@@ -1,11 +1,11 @@
-"""The name of every tensor in Meta's checkpoint, SamSplit and stock transformers.
+"""The names of every tensor: Meta's checkpoint, SamSplit, and stock transformers.
 
     KEY_MAP    Meta -> SamSplit, one literal row per kind of tensor
-    STOCK_MAP  stock transformers -> SamSplit; computed: only qkv differs
+    STOCK_MAP  stock transformers -> SamSplit: the same right-hand sides, with q, k, v still fused in one qkv
 
-A tuple on the right means "cut into that many equal blocks of rows, in this order". `{field}` stands for one path
-element, with the values in FIELDS; positions in an nn.Sequential are written as numbers. A key must match a whole row
-exactly. The inverse of a map is computed.
+A tuple on the right means "cut into that many equal blocks of rows, in this order". `{field}` is one path element that
+varies over the values in FIELDS; a number that is a position in an nn.Sequential is written out. Whole keys match
+exactly or not at all, and the inverse of a map is computed, never written twice.
 """
 
 import itertools
@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 
 from .errors import ConversionError, MissingKeyError, ShapeError, UnknownKeyError
 
-if TYPE_CHECKING:  # torch is slow to import, and `sam-split --help` does not need it
+if TYPE_CHECKING:  # `sam-split --help` need not wait for torch
     import torch
 
-COUNTED = None  # 0, 1, ... n - 1; n comes from the checkpoint
+COUNTED = None  # 0, 1, ... n - 1, where n is read off the checkpoint
 
 FIELDS: dict[str, tuple[str, ...] | None] = {
     "layer": COUNTED,  # of the vision encoder
@@ -111,7 +111,7 @@ KEY_MAP: dict[str, str | tuple[str, ...]] = {
     "mask_decoder.iou_prediction_head.layers.2.{leaf}": "mask_decoder.iou_prediction_head.proj_out.{leaf}",
 }
 
-# Rows that a checkpoint has for all layers or for none, by use_abs_pos, use_rel_pos and qkv_bias.
+# Rows that a checkpoint has for all of its layers or for none: use_abs_pos, use_rel_pos and qkv_bias.
 OPTIONAL = {
     "vision_encoder.pos_embed",
     "vision_encoder.layers.{layer}.attn.rel_pos_h",
@@ -121,7 +121,7 @@ OPTIONAL = {
     "vision_encoder.layers.{layer}.attn.v.bias",
 }
 
-# Keys that are left out because another key holds the same values. transformers 4 can save both.
+# Keys that are left out because their twin holds the same numbers: stock saves of transformers 4 could contain both.
 DROPPED = {"prompt_encoder.shared_embedding.positional_embedding": "shared_image_embedding.positional_embedding"}
 
 
@@ -132,7 +132,7 @@ def _as_tuple(names: str | tuple[str, ...]) -> tuple[str, ...]:
 STOCK_MAP = {_as_tuple(target)[0].replace(".attn.q.", ".attn.qkv."): target for target in KEY_MAP.values()}
 
 
-# Keys of related models, which are refused by name.
+# What other members of the family are recognised by, before they are refused by name.
 RELATIVES = {
     r"image_encoder\.trunk\.|memory_attention\.|memory_encoder\.|vision_encoder\.backbone\.": "SAM 2",
     r"image_encoder\.(layers\.|patch_embed\.seq\.)": "MobileSAM",
@@ -143,14 +143,14 @@ RELATIVES = {
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a tensor comes from: its sources are stacked by rows and cut into equal blocks; it is one of them."""
+    """Where one tensor comes from: its sources stacked by rows, then one of equal blocks of the rows."""
 
     sources: tuple[str, ...]
     block: int = 0
     blocks: int = 1
 
     def shape(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
-        """The tensor's shape, given its sources' shapes."""
+        """The tensor's shape, from those of its sources."""
         parts = [tuple(shapes[source]) for source in self.sources]
         first = parts[0]
         if len(parts) > 1 and any(part != first for part in parts):
@@ -162,7 +162,7 @@ class Origin:
         return (first[0] * len(parts) // self.blocks, *first[1:])
 
     def read(self, tensors: Mapping) -> "torch.Tensor":
-        """The tensor. A block of rows is a view of its source."""
+        """The tensor; a block of rows is a view of its source."""
         if len(self.sources) > 1:
             import torch
 
@@ -172,16 +172,16 @@ class Origin:
 
 
 def plan(keys: Iterable[str], key_map: Mapping, *, inverse: bool = False) -> dict[str, Origin]:
-    """Target key -> where its tensor comes from.
+    """Target key -> where its tensor comes from, for exactly these source keys.
 
     Args:
-        keys: all keys of the source checkpoint.
+        keys: of the source checkpoint.
         key_map: KEY_MAP or STOCK_MAP.
         inverse: read the map from right to left.
 
     Raises:
         UnknownKeyError: if a key matches no row.
-        MissingKeyError: if a row, or a row of one layer, has no key.
+        MissingKeyError: if a row, or one layer of it, has no key.
     """
     keys = set(keys)
     if key_map is STOCK_MAP and not inverse:
@@ -216,7 +216,7 @@ def plan(keys: Iterable[str], key_map: Mapping, *, inverse: bool = False) -> dic
 
 
 def _counts(patterns: list[str], keys: set[str]) -> dict[str, int]:
-    """The number of values of each counted field in the keys; at least one, so that a missing row is noticed."""
+    """How many values each counted field takes, read off the keys; at least one, so that a missing row is noticed."""
     counts = {}
     for pattern in patterns:
         for field in re.findall(r"{(\w+)}", pattern):
@@ -239,14 +239,10 @@ def _expand(patterns: tuple[str, ...], values: dict[str, object]) -> tuple[str, 
 
 
 def format_of(names: Iterable[str], source: str) -> str:
-    """The format that has these names: "meta", "transformers" or "split".
-
-    Args:
-        names: all keys.
-        source: the checkpoint, for the message.
+    """Whose names these are: "meta", "transformers" or "split".
 
     Raises:
-        ConversionError: if they are another model's.
+        ConversionError: if they are another model's; `source` is what the message calls it.
     """
     names = sorted(names)
     for pattern, relative in RELATIVES.items():
@@ -265,7 +261,7 @@ def format_of(names: Iterable[str], source: str) -> str:
 
 
 def split_plan(keys: Iterable[str], format: str) -> dict[str, Origin]:
-    """The plan from a format's keys to SamSplit's. For "split" the keys are checked and kept."""
+    """The plan from a format's keys to SamSplit's; for "split" it only checks them."""
     if format == "split":
         plan(keys, STOCK_MAP, inverse=True)
         return {key: Origin((key,)) for key in keys}
@@ -273,12 +269,12 @@ def split_plan(keys: Iterable[str], format: str) -> dict[str, Origin]:
 
 
 def check_dropped(tensors: Mapping) -> None:
-    """Raise unless every dropped key that is present equals the key that is kept."""
+    """Raise unless every dropped key that is present holds the same bits as its twin."""
     for key, twin in DROPPED.items():
         if key in tensors and twin in tensors:
             ours, theirs = tensors[twin], tensors[key]
             if ours.dtype != theirs.dtype or ours.shape != theirs.shape or not bool((ours == theirs).all()):
-                raise ConversionError(f"{key!r} must equal {twin!r}, because only the second is kept, and it differs")
+                raise ConversionError(f"{key!r} must equal {twin!r}, which is kept in its place, and does not")
 
 
 def _convert(state_dict: Mapping, key_map: Mapping, inverse: bool = False) -> dict:

@@ -1,4 +1,4 @@
-"""Opening a checkpoint: a Hub id, a transformers folder or a .pth. The format follows from the content."""
+"""Opening a checkpoint: a Hub id, a transformers folder or a file of Meta's, recognised by what it holds."""
 
 import json
 import re
@@ -35,10 +35,10 @@ class Checkpoint:
     """One model on disk.
 
     Attributes:
-        source: as the user wrote it.
-        format: of the tensors' names and shapes: "meta", "transformers" or "split".
+        source: what the user named.
+        format: whose names and shapes the tensors have: "meta", "transformers" or "split".
         tensors: under the format's own keys.
-        config: the content of config.json, or None for a .pth.
+        config: the content of config.json, or None for Meta's files.
         processor: the image processor's settings, or None if there are none.
         revision: the Hub commit, or None.
     """
@@ -51,10 +51,10 @@ class Checkpoint:
     revision: str | None = None
 
     def split_tensors(self) -> Tensors:
-        """The tensors under SamSplit's names.
+        """The tensors as SamSplit's.
 
         Raises:
-            UnknownKeyError, MissingKeyError, ShapeError: if they are not a SAM's.
+            UnknownKeyError, MissingKeyError, ShapeError: if they are not those of a SAM.
         """
         if self.format == "transformers":
             check_dropped(self.tensors)
@@ -62,14 +62,14 @@ class Checkpoint:
 
 
 def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Checkpoint:
-    """Open a checkpoint without reading its tensors.
+    """Find out what `source` is; no tensor is read yet.
 
     Args:
-        source: a folder with config.json and weights, a .pth in Meta's format, or a Hub id.
-        revision: branch, tag or commit of a Hub id.
+        source: a folder with config.json and weights, a file of Meta's, or a Hub id.
+        revision: branch, tag or commit, for a Hub id only.
 
     Raises:
-        ConversionError: if it is none of these, damaged, or another model.
+        ConversionError: if it is none of these, or damaged, or another model.
     """
     if not str(source):
         raise ConversionError("a checkpoint's name is empty; name a folder, a .pth file or a Hub id")
@@ -87,7 +87,7 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
 
 
 def fetch(source: str | Path, revision: str | None, patterns: list[str]) -> Path:
-    """`source` itself if it is a folder; for a Hub id, the folder with the matching files, downloaded or cached.
+    """The folder that `source` is, or the download of the files that match, if it is a Hub id.
 
     Raises:
         ConversionError: if it is neither.
@@ -118,7 +118,7 @@ def fetch(source: str | Path, revision: str | None, patterns: list[str]) -> Path
 
 def _check_no_revision(source, revision: str | None) -> None:
     if revision is not None:
-        raise ConversionError(f"--revision is for Hub ids, and {source} is a local path; leave --revision out")
+        raise ConversionError(f"--revision is for Hub ids, and {source} is here on disk; leave it out")
 
 
 def read_json(path: Path) -> dict:
@@ -163,14 +163,14 @@ def _open_file(path: Path, source: str) -> Checkpoint:
     if format != "meta":
         raise ConversionError(
             f"{source} has the keys of the format {format!r}, which needs a config.json: put it into a folder as "
-            f"{'model.safetensors' if path.suffix == '.safetensors' else 'pytorch_model.bin'}, add its base's "
-            "config.json, and name the folder"
+            f"{'model.safetensors' if path.suffix == '.safetensors' else 'pytorch_model.bin'}, its base's config.json "
+            "beside it, and name the folder"
         )
     return Checkpoint(source, format, tensors)
 
 
 def _bare(tensors: Tensors, source: str) -> Tensors:
-    """The model's own tensors, without its trainer's prefix and other contents."""
+    """The model's own tensors, without what its trainer has put around them."""
     names = without_pixel_buffers(bare_names(tensors, source), tensors, source)
     if isinstance(tensors, InMemory):
         state = {name: tensors[key] for name, key in names.items()}
@@ -190,14 +190,14 @@ def _folder_tensors(folder: Path, source: str) -> Tensors:
         return reader([folder / name])
     weight_map = read_json(folder / name).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ConversionError(f"{source}: {name} has no weight_map from tensors to files; fetch it again")
+        raise ConversionError(f"{source}: {name} has no weight_map from tensors to files")
     suffix = ".safetensors" if reader is SafetensorsFiles else ".bin"
     shards = {shard: _shard(folder, shard, suffix, name) for shard in dict.fromkeys(map(str, weight_map.values()))}
     tensors = reader(list(shards.values()))
     for tensor in [*weight_map, *tensors]:
         if tensor not in tensors:
             raise ConversionError(
-                f"{source}: {name} says that {tensor!r} is in {weight_map[tensor]}, and it is not; fetch both again"
+                f"{source}: {name} places {tensor!r} in {weight_map[tensor]}, which does not hold it"
             )
         if tensor not in weight_map:
             raise ConversionError(f"{source}: a shard holds {tensor!r}, which {name} does not list")
@@ -205,7 +205,7 @@ def _folder_tensors(folder: Path, source: str) -> Tensors:
 
 
 def _shard(folder: Path, shard: str, suffix: str, index: str) -> Path:
-    """The path of a shard in an index. Raises unless it is a plain file name in the folder."""
+    """The path of a shard that an index names: a plain file name, and not a way out of the folder."""
     if shard in ("", ".", "..") or re.search(r"[/\\\0]", shard) or not shard.endswith(suffix):
         raise ConversionError(
             f"{index} names the file {shard!r}, expected a plain name *{suffix}; it may not leave the folder"
@@ -213,7 +213,7 @@ def _shard(folder: Path, shard: str, suffix: str, index: str) -> Path:
     path = folder / shard
     if not path.is_file():
         raise ConversionError(f"{index} names {shard}, which is not in {folder}; fetch it")
-    # A snapshot in the Hub's cache consists of links into the same model's `blobs` folder.
+    # A snapshot in the Hub's cache consists of links to the blobs beside it.
     root = folder.resolve()
     if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
         root = root.parent.parent
@@ -223,7 +223,7 @@ def _shard(folder: Path, shard: str, suffix: str, index: str) -> Path:
 
 
 def _processor(folder: Path) -> dict | None:
-    """The image processor's settings: their own file, or in transformers 5 a part of processor_config.json."""
+    """The image processor's settings: a file of its own, or a part of processor_config.json since transformers 5."""
     if (folder / "preprocessor_config.json").is_file():
         return read_json(folder / "preprocessor_config.json")
     if (folder / "processor_config.json").is_file():

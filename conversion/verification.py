@@ -1,4 +1,4 @@
-"""Checks that two checkpoints in any formats hold the same model: bit for bit, then by their outputs."""
+"""Whether two checkpoints, in any two formats, hold the same model: bit for bit, then by what they compute."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from .key_map import DROPPED, STOCK_MAP, plan
 from .sources import Checkpoint, open_checkpoint
 from .tensors import Renamed, Tensors, same_bits
 
-# Of the largest output. The float32 noise floor is about 4e-7; another epsilon in the decoder changes outputs by 1e-5.
+# Of the largest output. The float32 noise floor is about 4e-7; another epsilon in the decoder shifts outputs by 1e-5.
 LIMIT, LIMIT_OTHER_EPSILON = 1e-5, 1e-4
 
 
@@ -31,14 +31,14 @@ def verify(a, b, *, outputs: bool = True) -> list[Row]:
 
     Args:
         a, b: the checkpoints.
-        outputs: whether to compare outputs on a fixed image too, in float32.
+        outputs: whether to run both on a fixed image as well, in float32.
 
     Returns:
-        The report. Outputs come from stock SamModel for a transformers folder, else from SamSplitModel.
+        The report. Outputs are computed with stock SamModel for a transformers folder, else with SamSplitModel.
 
     Raises:
         CheckFailed: at the first difference, with the rows so far as `rows`.
-        ConversionError: if one of them is not a SAM checkpoint.
+        ConversionError: if one of them is no SAM checkpoint.
     """
     rows: list[Row] = []
     checkpoints = open_checkpoint(a), open_checkpoint(b)
@@ -58,7 +58,7 @@ def verify(a, b, *, outputs: bool = True) -> list[Row]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The report as aligned text."""
+    """The report, aligned."""
     width = max(len(row.compared) for row in rows)
     return "\n".join(f"{'ok  ' if row.passed else 'FAIL'}  {row.compared:<{width}}  {row.result}" for row in rows)
 
@@ -95,7 +95,7 @@ def _compare_outputs(rows, ours: dict, theirs: dict, limit: float) -> None:
 
 @torch.no_grad()
 def _run(checkpoint: Checkpoint, config) -> dict[str, torch.Tensor]:
-    """Image embedding, masks and scores for a fixed image and a point at its centre, in float32."""
+    """Image embedding, masks and scores for a fixed image and a point in its middle, in float32."""
     build = stock_model if checkpoint.format == "transformers" else split_model
     model = build(config, checkpoint.split_tensors()).float()
     height, width = config.vision_config.grid
@@ -119,7 +119,7 @@ def split_model(config, tensors: Tensors) -> torch.nn.Module:
 
 
 def stock_model(config, tensors: Tensors) -> torch.nn.Module:
-    """Stock SamModel, from the same arguments."""
+    """The same as stock SamModel."""
     from transformers import SamConfig, SamModel
 
     fields = config_fields(config, "transformers")

@@ -1,1 +1,1 @@
-"""LoRA and DoRA adapters: converted between q, k, v and qkv, imported from SAMed, merged into their base."""
+"""LoRA and DoRA adapters: carried between q, k, v and qkv, and merged into their base."""

@@ -52,9 +52,13 @@ def merged_state_dict(config, tensors: Tensors, folder: Path) -> dict[str, torch
     try:
         adapted = PeftModel(model, PeftConfig.from_pretrained(folder))
         report = set_peft_model_state_dict(adapted, weights)
-    except (RuntimeError, ValueError, TypeError, KeyError) as error:  # a layer is missing or has another size
-        # torch names the tensor in its second line.
-        reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+        KeyError,
+    ) as error:  # a layer that is not there, a size that is not right
+        reason = " ".join(line.strip() for line in str(error).splitlines()[:2])  # torch's first line names no tensor
         raise ConversionError(f"the adapter {folder} does not fit the base: {reason}") from error
     missing = [name for name in report.missing_keys if "lora_" in name]
     if missing or report.unexpected_keys:
@@ -71,11 +75,11 @@ def _adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
     bias = read_json(folder / "adapter_config.json").get("bias", "none")
     try:
         weights = load_peft_weights(str(folder), device="cpu")
-    except Exception as error:  # a damaged file can raise anything
+    except Exception as error:  # whatever a damaged file makes its reader raise
         raise ConversionError(f"{folder} holds no readable adapter weights: {str(error).splitlines()[0]}") from error
     if bias != "none" and not any(name.endswith("bias") and ".lora_" not in name for name in weights):
         raise ConversionError(
-            f"the adapter {folder} was trained with bias={bias!r} and holds no bias (peft 0.18 does not save "
-            "biases); save it again with a newer peft"
+            f"the adapter {folder} was trained with bias={bias!r} and holds no bias, so a part of it is lost (peft "
+            "0.18 does not save them); save it again with a newer peft"
         )
     return weights

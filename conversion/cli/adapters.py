@@ -76,9 +76,9 @@ def add_parsers(subparsers) -> None:
 
 
 def run_adapter(args) -> None:
-    from ..adapters import samed, transport
+    from ..adapters import transport
 
-    carry = {"fuse": transport.fuse_adapter, "split": transport.split_adapter, "import": samed.import_adapter}
+    carry = {"fuse": transport.fuse_adapter, "split": transport.split_adapter, "import": transport.import_adapter}
     carry[args.action](args.adapter, args.out, base=args.base)
     print(f"wrote {args.out}; load it with PeftModel.from_pretrained(model, {args.out!r})")
 

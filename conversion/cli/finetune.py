@@ -1,15 +1,17 @@
 """`sam-split finetune`: an adapter from images and masks."""
 
 import argparse
+import importlib.util
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 from ..errors import CheckFailed, ConversionError
-from .parser import add_command
+from .parser import add_command, add_quiet
 
 FINETUNE = """\
 Train an adapter of BASE on images and the masks of their objects, and see how masks change.
@@ -24,21 +26,25 @@ with --skip-bad.
 Each step is prompted as a person prompts: with a rough box or one click on each object, with clicks that correct the
 mask that came out, and with clicks on background, whose masks are worth nothing.
 
-OUT gets adapter/ with its card, results.json and overlays.png. Several presets run one after the other, each in
-OUT/PRESET, and end in one table.
+At the end BASE and the adapter are measured on held-out images: IoU from the box, from 1 and from 3 clicks, and
+everything-mode. OUT gets adapter/ with its card, results.json, overlays/index.html (masks before and after, the worst
+images first) and checkpoints/. Several presets run one after the other, each in OUT/PRESET, and end in one table. A
+run that was stopped goes on with --resume.
 
 The presets name what the adapter changes:
-  encoder          q and v of the image encoder
-  encoder-qkv      q, k and v of the image encoder
+  encoder          q and v of the image encoder; predicted IoUs change only as far as the image embedding does
+  encoder-qkv      q, k and v of the image encoder, likewise
   late             q and v of its last layers; what the frozen ones compute is kept in files
-  decoder          the mask decoder's attention and MLPs
+  decoder          the mask decoder's attention and MLPs, and the heads that make masks and predict their IoU; what the
+                   image encoder computes is kept in files
   encoder+decoder  what encoder and decoder change
+  dora             what encoder changes, by DoRA
+Everything-mode keeps masks by their predicted IoU: only decoder and encoder+decoder can teach what masks are worth.
 
 Several processes: torchrun --nproc-per-node 2 --no-python sam-split finetune ..., or
 accelerate launch --multi_gpu --num_processes 2 --no_python sam-split finetune ...
 """
-PRESETS = ("encoder", "encoder-qkv", "late", "decoder", "encoder+decoder")
-NO_LIMIT = -1  # of steps, as transformers' TrainingArguments call it
+PRESETS = ("encoder", "encoder-qkv", "late", "decoder", "encoder+decoder", "dora")
 
 
 def add_parser(subparsers) -> None:
@@ -67,7 +73,7 @@ def add_parser(subparsers) -> None:
     adapter.add_argument("--preset", nargs="+", choices=PRESETS, default=["encoder"], help="one or several (encoder)")
     adapter.add_argument("--rank", type=_at_least(1), default=16, help="of the change of each layer (%(default)s)")
     adapter.add_argument("--late-layers", type=_at_least(1), default=3, help="layers that late trains (%(default)s)")
-    adapter.add_argument("--cache", help="folder where late keeps the outputs of the frozen layers (OUT/cache)")
+    adapter.add_argument("--cache", help="folder where late and decoder keep what frozen layers compute (OUT/cache)")
     adapter.add_argument("--revision", help="of BASE on the Hub")
     prompts = parser.add_argument_group("prompts")
     prompts.add_argument(
@@ -85,7 +91,7 @@ def add_parser(subparsers) -> None:
     prompts.add_argument("--objects", type=_at_least(1), default=8, help="of an image in a step (%(default)s)")
     steps = parser.add_argument_group("training")
     steps.add_argument("--epochs", type=_at_least(0, float), default=10, help="times that each image is seen (10)")
-    steps.add_argument("--steps", type=_at_least(1), default=NO_LIMIT, help="instead of epochs")
+    steps.add_argument("--steps", type=_at_least(1), help="instead of epochs")
     steps.add_argument("--batch", type=_at_least(1), default=2, help="images at once (%(default)s)")
     steps.add_argument("--accumulate", type=_at_least(1), default=1, help="batches in a step (%(default)s)")
     steps.add_argument("--lr", type=_at_least(0, float), default=1e-3, help="learning rate (%(default)s)")
@@ -95,7 +101,24 @@ def add_parser(subparsers) -> None:
     steps.add_argument("--checkpointing", action="store_true", help="less memory, more time")
     steps.add_argument("--bf16", action="store_true", help="compute in bfloat16; the adapter stays in float32")
     steps.add_argument("--seed", type=_at_least(0), default=0, help="of all that is random (%(default)s)")
+    steps.add_argument(
+        "--deterministic", action="store_true", help="the same adapter, bit for bit, in every run; slower"
+    )
+    steps.add_argument(
+        "--save-steps", type=_at_least(1), help="a checkpoint every so many steps, beside that of each epoch"
+    )
     steps.add_argument("--resume", action="store_true", help="from OUT's last checkpoint, if there is one")
+    report = parser.add_argument_group("report")
+    report.add_argument(
+        "--no-everything",
+        dest="everything",
+        action="store_false",
+        help="evaluate without everything-mode, the slowest part",
+    )
+    report.add_argument(
+        "--report-to", nargs="+", default=[], metavar="TRACKER", help="of transformers: tensorboard, wandb, ..."
+    )
+    add_quiet(report)
 
 
 def _at_least(least, kind=int):
@@ -133,48 +156,47 @@ def run(args) -> int | None:
 
 
 def _run_one(args):
-    try:
-        import accelerate  # noqa: F401
-        from PIL import Image  # noqa: F401
-    except ImportError as error:
-        raise ConversionError(
-            f'finetune needs {error.name}, which is not installed: pip install "sam-split[train]"'
-        ) from error
+    _check_installed()
     from sam_split.training.finetuning import finetune
     from sam_split.training.trainer import TrainingDiverged
 
-    options = {name: value for name, value in vars(args).items() if name != "run"}
     try:
-        finetune(**{**options, "preset": args.preset[0]})
+        finetune(args.base, args.data, args.out, _settings(args, args.preset[0]))
     except TrainingDiverged as error:
         raise CheckFailed(str(error)) from error
     except ValueError as error:
         raise ConversionError(str(error)) from error
 
 
+def _check_installed():
+    """Raise before the training, and not after it, if what it needs is missing."""
+    for name in ("accelerate", "matplotlib", "PIL", "pycocotools", "scipy", "torchvision"):
+        if importlib.util.find_spec(name) is None:
+            raise ConversionError(f'finetune needs {name}, which is not installed: pip install "sam-split[train]"')
+
+
+def _settings(args, preset):
+    from sam_split.training.settings import Settings
+
+    given = {name: value for name, value in vars(args).items() if name not in ("run", "base", "data", "out")}
+    return Settings(**{**given, "preset": preset, "report_to": tuple(args.report_to)})
+
+
 def _run_each(args):
     """One preset after the other, each in a process of its own, or the memory of one would count for the next."""
     if len(set(args.preset)) < len(args.preset):
         raise ConversionError(f"--preset names one twice: {' '.join(args.preset)}")
-    rows = []
+    if "WORLD_SIZE" in os.environ:
+        raise ConversionError("several presets run one after the other; with several processes, name one --preset")
+    from sam_split.training.report import presets_table
+
+    runs = []
     for preset in args.preset:
         out = Path(args.out) / preset
-        command = _arguments(argparse.Namespace(**{**vars(args), "preset": [preset], "out": str(out)}))
-        if code := subprocess.run([sys.executable, "-m", "conversion", *command]).returncode:
+        command = _settings(args, preset).command(args.base, args.data, out)
+        if code := subprocess.run([sys.executable, "-m", "conversion", *command[1:]]).returncode:
             return code  # it has said why
-        rows.append(json.loads((out / "results.json").read_text(encoding="utf-8")))
-    from sam_split.training.report import table
-
-    (Path(args.out) / "results.md").write_text(table(rows) + "\n", encoding="utf-8")
-    print(table(rows))
-
-
-def _arguments(args):
-    """The command line that parses to `args`."""
-    line = ["finetune", args.base, args.data, args.out]
-    for name, value in vars(args).items():
-        if name in ("run", "base", "data", "out") or value is None or value is False or value == NO_LIMIT:
-            continue
-        flag = f"--{name.replace('_', '-')}"
-        line += [flag] if value is True else [flag, *value] if isinstance(value, list) else [f"{flag}={value}"]
-    return line
+        runs.append(json.loads((out / "results.json").read_text(encoding="utf-8")))
+    table = presets_table(runs)
+    (Path(args.out) / "results.md").write_text(table + "\n", encoding="utf-8")
+    print(table)

@@ -1,6 +1,7 @@
 """Images and the masks of their objects, from a folder, from COCO's annotations or from a Hugging Face dataset."""
 
 import contextlib
+import hashlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,10 +16,11 @@ class Examples(Sequence):
 
     Args:
         readers: name -> a function that returns an image (PIL) and its masks (P, height, width).
+        digests: name -> SHA-256 of name, image and masks, as far as they have been read.
     """
 
-    def __init__(self, readers):
-        self.readers = dict(readers)
+    def __init__(self, readers, digests=None):
+        self.readers, self.digests = dict(readers), dict(digests or {})
         self.names = list(self.readers)
 
     def __len__(self):
@@ -37,10 +39,10 @@ class Examples(Sequence):
 
     def usable(self, skip_bad=False):
         """These examples once each has been read; those that cannot be used raise ValueError or are left out."""
-        kept = {}
+        kept, digests = {}, {}
         for index, name in enumerate(self.names):
             try:
-                self[index]
+                digests[name] = _digest(**self[index])
                 kept[name] = self.readers[name]
             except ValueError as error:
                 if not skip_bad:
@@ -48,7 +50,11 @@ class Examples(Sequence):
                 print(f"skipped {error}", file=sys.stderr)
         if not kept:
             raise ValueError("no image can be used")
-        return Examples(kept)
+        return Examples(kept, digests)
+
+    def digest(self):
+        """SHA-256 of the names, images and masks of all examples, which `usable` has read."""
+        return hashlib.sha256("".join(self.digests[name] for name in self.names).encode()).hexdigest()
 
     def held_out(self, share, seed=0):
         """These examples without some, and some: about `share` of all, sampled by `seed`, one at least."""
@@ -60,7 +66,12 @@ class Examples(Sequence):
             {name: reader for name, reader in self.readers.items() if (name in chosen) == of_chosen}
             for of_chosen in (False, True)
         )
-        return tuple(Examples(part) for part in parts)
+        return tuple(Examples(part, self.digests) for part in parts)
+
+
+def _digest(name, image, masks):
+    shapes = f"{name}\0{image.mode}\0{image.size}\0{masks.shape}\0"
+    return hashlib.sha256(shapes.encode() + image.tobytes() + masks.astype(np.int8).tobytes()).hexdigest()
 
 
 def find_examples(source, split="train", image_column="image", mask_column="mask"):

@@ -1,4 +1,8 @@
-"""A whole run: a base and images in; an adapter with its card, results and overlays out."""
+"""A whole run: a base and images in; an adapter with its card, results and overlays out.
+
+data ──> examples ──> batches ──> Trainer ──> adapter ──> evaluation before and after
+           └─ of a frozen encoder: what it computes, once ─┘
+"""
 
 import json
 import resource
@@ -7,57 +11,37 @@ import time
 from pathlib import Path
 
 import torch
-from peft import get_peft_model
-from transformers import AutoConfig, AutoModel, AutoProcessor, EarlyStoppingCallback, TrainingArguments
+from peft import PeftModel, get_peft_model
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoProcessor,
+    EarlyStoppingCallback,
+    TrainingArguments,
+    enable_full_determinism,
+    set_seed,
+)
+from transformers.integrations import get_reporting_integration_callbacks
 
 from ..configuration_sam_split import SamSplitConfig
 from .collator import SamSplitCollator
 from .data import find_examples
+from .evaluation import evaluate
 from .prefix import CachedImages, drop_prefix
 from .presets import frozen_layers, lora_config
-from .report import draw_overlays, save_adapter, table
-from .trainer import PromptTrainer
+from .report import about, write_adapter, write_results
+from .settings import Settings
+from .trainer import PromptTrainer, SaveEvery
 
 
-def finetune(
-    base,
-    data,
-    out,
-    *,
-    preset="encoder",
-    val=None,
-    holdout=0.2,
-    revision=None,
-    split="train",
-    image_column="image",
-    mask_column="mask",
-    skip_bad=False,
-    rank=16,
-    late_layers=3,
-    cache=None,
-    epochs=10,
-    steps=-1,
-    batch=2,
-    accumulate=1,
-    lr=1e-3,
-    prompts="mixed",
-    corrections=1,
-    background=4,
-    objects=8,
-    patience=0,
-    checkpointing=False,
-    bf16=False,
-    seed=0,
-    resume=False,
-):
+def finetune(base, data, out, settings=None):
     """Train an adapter, and write it with its results to a folder.
-
-    The options are those of `sam-split finetune`, which explains them.
 
     Args:
         base: a SamSplit folder or Hub id.
         data: as for `find_examples`.
-        out: a folder to make, or with `resume` to go on with.
+        out: a folder to make, or with `settings.resume` to go on with.
+        settings: `Settings`.
 
     Returns:
         The results, as `results.json` has them.
@@ -66,90 +50,59 @@ def finetune(
         ValueError, OSError: for what cannot be used; nothing is written then.
         TrainingDiverged: if a loss is not finite.
     """
-    out = Path(out)
-    _check_out(out, resume)
-    _check_base(base, revision)
-    collate = SamSplitCollator(AutoProcessor.from_pretrained(base, revision=revision))
-    found, held_out = (
-        find_examples(source, split, image_column, mask_column).usable(skip_bad) if source else None
-        for source in (data, val)
-    )
-    if not val:
-        found, held_out = found.held_out(holdout, seed)
-    model = AutoModel.from_pretrained(base, revision=revision)
-    config, frozen = lora_config(preset, model, rank, late_layers), frozen_layers(preset, model, late_layers)
+    settings, out = settings or Settings(), Path(out)
+    _check_out(out, settings.resume)
+    _check_base(base, settings.revision)
+    _check_trackers(settings.report_to)
+    processor = AutoProcessor.from_pretrained(base, revision=settings.revision)
+    examples = _examples(data, settings)
+    model = AutoModel.from_pretrained(base, revision=settings.revision)
+    frozen = frozen_layers(settings.preset, model, settings.late_layers)
+    config = lora_config(settings.preset, model, settings.rank, settings.late_layers)
+    (enable_full_determinism if settings.deterministic else set_seed)(settings.seed)
     out.mkdir(parents=True, exist_ok=True)
-    arguments = TrainingArguments(
-        output_dir=str(out / "checkpoints"),
-        num_train_epochs=epochs,
-        max_steps=steps,
-        per_device_train_batch_size=batch,
-        per_device_eval_batch_size=batch,
-        gradient_accumulation_steps=accumulate,
-        gradient_checkpointing=checkpointing,
-        learning_rate=lr,
-        weight_decay=0.0,
-        lr_scheduler_type="cosine",
-        bf16=bf16,
-        use_cpu=not torch.accelerator.is_available(),  # said aloud, or Trainer refuses bf16 there
-        seed=seed,
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        save_total_limit=2,
-        load_best_model_at_end=True,
-        metric_for_best_model="iou",
-        logging_steps=10,
-        logging_nan_inf_filter=False,  # PromptTrainer stops there
-        label_names=["labels"],
-        remove_unused_columns=False,
-        ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,  # no buffer changes, and the image was encoded before DDP's forward
-        report_to=[],
-    )
-    train_data, eval_data, collator = found, held_out, _with_names(collate)
+    arguments = _training_arguments(out, settings)
+    datasets, collate = examples, SamSplitCollator(processor)
     if frozen:
         model.to(arguments.device).eval()
+        folder = settings.cache or out / "cache"
         with arguments.main_process_first():
-            train_data, eval_data = (
-                CachedImages(examples, collate, model, frozen, cache or out / "cache")
-                for examples in (found, held_out)
-            )
+            datasets = [CachedImages(part, collate, model, frozen, folder) for part in examples]
         drop_prefix(model, frozen)
-        collator = _with_names(CachedImages.collate)
-    torch.manual_seed(seed)  # the adapter's own start
+        collate = CachedImages.collate
+    set_seed(settings.seed)  # the adapter's own start
     model = get_peft_model(model, config)
     trainer = PromptTrainer(
         model,
         arguments,
-        data_collator=collator,
-        train_dataset=train_data,
-        eval_dataset=eval_data,
-        callbacks=[EarlyStoppingCallback(patience)] if patience else [],
-        prompts={"prompts": prompts, "corrections": corrections, "background": background, "objects": objects},
+        data_collator=_with_names(collate),
+        train_dataset=datasets[0],
+        eval_dataset=datasets[1],
+        callbacks=_callbacks(settings),
+        prompts={name: getattr(settings, name) for name in ("prompts", "corrections", "background", "objects")},
     )
-    with model.disable_adapter():
-        before = trainer.evaluate()
-    start, done = time.perf_counter(), 0
-    if resume:
-        done = max((int(path.name.split("-")[1]) for path in out.glob("checkpoints/checkpoint-*")), default=0)
-    trainer.train(resume_from_checkpoint=bool(done))
-    seconds = (time.perf_counter() - start) / max(1, trainer.state.global_step - done)
-    after = trainer.evaluate()
-    row = {
-        "preset": preset,
-        "IoU before": round(before["eval_iou"], 4),
-        "IoU after": round(after["eval_iou"], 4),
+    start, checkpoint = time.perf_counter(), last_checkpoint(out / "checkpoints") if settings.resume else None
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    steps = trainer.state.global_step - (int(checkpoint.name.split("-")[1]) if checkpoint else 0)
+    if not trainer.is_world_process_zero():
+        return None
+    results = {
+        **about(base, data, out, settings, examples),
+        "processes": arguments.world_size,
+        "steps": trainer.state.global_step,
+        "seconds_per_step": round((time.perf_counter() - start) / max(1, steps), 3),
+        "peak_gib": round(_peak_bytes(arguments.device) / 2**30, 2),
         "trainable": model.get_nb_trainable_parameters()[0],
-        "peak GiB": round(_peak_bytes(arguments.device) / 2**30, 2),
-        "s/step": round(seconds, 3),
     }
-    if trainer.is_world_process_zero():
-        save_adapter(model, out / "adapter", row)
-        model.eval()
-        draw_overlays(model, held_out, eval_data, collate, collator, out / "overlays.png")
-        (out / "results.json").write_text(json.dumps(row, indent=2) + "\n", encoding="utf-8")
-        print(table([row]))
-    return row
+    write_adapter(model, out / "adapter")
+    del trainer, model
+    whole = AutoModel.from_pretrained(base, revision=settings.revision)
+    whole = PeftModel.from_pretrained(whole, out / "adapter").to(arguments.device)
+    options = {"everything": settings.everything, "progress": not settings.quiet}
+    with whole.disable_adapter():
+        before = evaluate(whole, processor, examples[1], **options)
+    after = evaluate(whole, processor, examples[1], **options)
+    return write_results(out, results, examples[1], {"before": before, "after": after})
 
 
 def _check_out(out, resume):
@@ -171,6 +124,79 @@ def _check_base(base, revision):
         raise ValueError(f"{base} is neither a model's folder nor a Hub id that can be read: {reason}") from error
     if kind != SamSplitConfig.model_type:
         raise ValueError(f"{base} is a {kind!r} model; `sam-split convert {base} NEW` makes a SamSplit folder")
+
+
+def _check_trackers(names):
+    """Each starts, or raise before anything is written."""
+    for name in names:
+        try:
+            for callback in get_reporting_integration_callbacks([name]):
+                callback()
+        except (ValueError, RuntimeError, AssertionError, ImportError) as error:
+            raise ValueError(f"--report-to {name}: {error}") from error
+
+
+def _examples(data, settings):
+    """Those to train on and those to test on."""
+    columns = settings.split, settings.image_column, settings.mask_column
+    found = find_examples(data, *columns).usable(settings.skip_bad)
+    if settings.val is None:
+        return found.held_out(settings.holdout, settings.seed)
+    return found, find_examples(settings.val, *columns).usable(settings.skip_bad)
+
+
+def _training_arguments(out, settings):
+    return TrainingArguments(
+        output_dir=str(out / "checkpoints"),
+        num_train_epochs=settings.epochs,
+        max_steps=settings.steps or -1,
+        per_device_train_batch_size=settings.batch,
+        per_device_eval_batch_size=settings.batch,
+        gradient_accumulation_steps=settings.accumulate,
+        gradient_checkpointing=settings.checkpointing,
+        learning_rate=settings.lr,
+        weight_decay=0.0,
+        lr_scheduler_type="cosine",
+        bf16=settings.bf16,
+        use_cpu=not torch.accelerator.is_available(),  # said aloud, or Trainer refuses bf16 there
+        seed=settings.seed,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        restore_callback_states_from_checkpoint=True,  # how long the IoU has not risen
+        metric_for_best_model="iou",
+        logging_steps=10,
+        logging_nan_inf_filter=False,  # PromptTrainer stops there
+        label_names=["labels"],
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # no buffer changes, and the image was encoded before DDP's forward
+        disable_tqdm=settings.quiet,
+        report_to=list(settings.report_to),
+    )
+
+
+def _callbacks(settings):
+    callbacks = []
+    if settings.patience:
+        callbacks.append(EarlyStoppingCallback(settings.patience))
+    if settings.save_steps:
+        callbacks.append(SaveEvery(settings.save_steps))
+    return callbacks
+
+
+def last_checkpoint(folder):
+    """The last checkpoint that was written to its end, or None."""
+
+    def whole(path):
+        try:
+            return json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))  # what is written last
+        except (OSError, ValueError):
+            return None
+
+    found = [path for path in folder.glob("checkpoint-*") if whole(path)]
+    return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 
 def _with_names(collate):

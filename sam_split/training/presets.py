@@ -1,14 +1,18 @@
 """Which layers an adapter changes."""
 
-_QV = r"vision_encoder\..*\.attn\.(q|v)"
-_DECODER = r"mask_decoder\.transformer\..*(q_proj|k_proj|v_proj|out_proj|lin1|lin2)"
-# preset -> the full names of its layers; `late` is counted from the model's end.
+_QV = r"vision_encoder\.layers\.\d+\.attn\.(q|v)"
+_DECODER = (
+    r"mask_decoder\.transformer\..*(q_proj|k_proj|v_proj|out_proj|lin1|lin2)"
+    r"|mask_decoder\.(iou_prediction_head|output_hypernetworks_mlps\.\d+)\.(proj_in|layers\.\d+|proj_out)"
+)
+# preset -> the full names of its layers; `late` has those of the encoder's last layers filled in.
 PRESETS = {
     "encoder": _QV,
-    "encoder-qkv": r"vision_encoder\..*\.attn\.(q|k|v)",
+    "encoder-qkv": r"vision_encoder\.layers\.\d+\.attn\.(q|k|v)",
     "late": r"vision_encoder\.layers\.({layers})\.attn\.(q|v)",
     "decoder": _DECODER,
-    "encoder+decoder": rf"{_QV}|{_DECODER}",
+    "encoder+decoder": f"{_QV}|{_DECODER}",
+    "dora": _QV,
 }
 
 
@@ -20,8 +24,12 @@ def lora_config(preset, model, rank=16, late_layers=3):
     | `encoder` | q and v of the image encoder |
     | `encoder-qkv` | q, k and v of the image encoder |
     | `late` | q and v of the image encoder's last layers; what the others compute can be kept |
-    | `decoder` | the mask decoder's attention and MLPs |
+    | `decoder` | the mask decoder's attention and MLPs, and the heads that make masks and predict their IoU |
     | `encoder+decoder` | q and v of the image encoder, and what `decoder` changes |
+    | `dora` | q and v of the image encoder, by DoRA |
+
+    Without the decoder's heads, the predicted IoU changes only as far as the image embedding does. Everything-mode
+    keeps masks by it: only `decoder` and `encoder+decoder` can teach what the masks of new images are worth.
 
     `target_modules=["q_proj", "v_proj"]` of your own adapts the mask decoder alone, for the encoder's layers are
     called q, k and v. `lora_dropout` (0 here) in the decoder's v_proj and out_proj acts on averages over the image and
@@ -37,7 +45,7 @@ def lora_config(preset, model, rank=16, late_layers=3):
 
     layers = range(frozen_layers(preset, model, late_layers), len(model.vision_encoder.layers))
     target = PRESETS[preset].replace("{layers}", "|".join(map(str, layers)))
-    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=target)
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=target, use_dora=preset == "dora")
 
 
 def frozen_layers(preset, model, late_layers=3):
@@ -48,9 +56,11 @@ def frozen_layers(preset, model, late_layers=3):
     """
     if preset not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    number = len(model.vision_encoder.layers)
+    if preset == "decoder":
+        return number
     if preset != "late":
         return 0
-    number = len(model.vision_encoder.layers)
     if not 0 < late_layers < number:
         raise ValueError(f"--late-layers must be from 1 to {number - 1}, got {late_layers}")
     return number - late_layers

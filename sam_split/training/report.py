@@ -1,63 +1,132 @@
-"""What a run leaves beside its adapter: a card, a table, overlays."""
+"""What a run leaves behind: the adapter with its card, results, overlays, and what it takes to run it again."""
 
-import numpy as np
+import contextlib
+import json
+import os
+import platform
+import shutil
+from importlib import metadata
+from pathlib import Path
+
 import torch
+from safetensors import SafetensorError
 
-from .prompts import boxes_around
+from .evaluation import evaluation_table
+from .pictures import overlay_page
 
-COLUMNS = ["preset", "IoU before", "IoU after", "trainable", "peak GiB", "s/step"]
+PACKAGES = ("transformers", "peft", "accelerate", "sam-split")
+# What a table of several runs shows -> where it stands: in the means of an evaluation, or in the results.
+MEASURED = {
+    "IoU box": "iou_box",
+    "1 click": "iou_1_click",
+    "3 clicks": "iou_3_clicks",
+    "AR@100": "average_recall",
+    "recall@0.5": "recall_50",
+}
+COSTS = {"trainable": "trainable", "peak GiB": "peak_gib", "s/step": "seconds_per_step"}
 
 
-def save_adapter(model, folder, row):
-    """The adapter and PEFT's card of it, with the results."""
+def about(base, data, out, settings, examples):
+    """What it takes to run again: command, seed, versions, and digests of the images to train and to test on."""
+    sources = data, settings.val or data
+    return {
+        "command": settings.command_line(base, data, out),
+        "preset": settings.preset,
+        "seed": settings.seed,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,  # with the build, such as +cu126
+            **{name: _version(name) for name in PACKAGES},
+        },
+        "data": {
+            kind: {"source": str(source), "images": len(part), "digest": part.digest()}
+            for kind, source, part in zip(("train", "test"), sources, examples, strict=True)
+        },
+    }
+
+
+def _version(package):
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "a checkout, not installed"
+
+
+def write_adapter(model, folder):
+    with _replacing(folder) as partial:
+        model.save_pretrained(partial)
+
+
+def write_results(out, results, examples, evaluations):
+    """Complete the results with name -> evaluation of `examples`, and write card, overlays and `results.json`.
+
+    The latter comes last: a folder with it holds a finished run.
+    """
     from huggingface_hub import ModelCard
 
-    model.save_pretrained(folder)
-    card = ModelCard.load(folder / "README.md")
-    card.text = f"# SamSplit adapter\n\nMade by `sam-split finetune`, on held-out images:\n\n{table([row])}\n"
-    card.save(folder / "README.md")
+    results = {**results, **{name: evaluation.as_dict() for name, evaluation in evaluations.items()}}
+    table = evaluation_table(evaluations)
+    card = ModelCard.load(out / "adapter" / "README.md")
+    card.text = CARD.format(table=table, **results, **_flat(results))
+    card.save(out / "adapter" / "README.md")
+    with _replacing(out / "overlays") as folder:
+        overlay_page(folder, examples, evaluations, title=f"{results['preset']}: before and after")
+    partial = out / "results.json.partial"
+    partial.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, out / "results.json")
+    print(table)
+    return results
 
 
-def table(rows):
-    def shown(value):
-        return f"{value:.3f}" if isinstance(value, float) else str(value)
+CARD = """
+# SamSplit adapter
 
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *([shown(row[column]) for column in COLUMNS] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+Made by
+
+```bash
+{command}
+```
+
+and measured on {test_images} images that it was not trained on:
+
+{table}
+
+{steps} steps on {train_images} images, {trainable:,} trainable parameters, seed {seed}. Versions: {named_versions}.
+SHA-256 of the images with their names and masks: {train_digest} (training), {test_digest} (test).
+"""
 
 
-@torch.no_grad()
-def draw_overlays(model, images, examples, collate_images, collate_examples, path, number=4):
-    """A row per held-out image: masks before, after, and the truth."""
-    import matplotlib
+def _flat(results):
+    data = {f"{kind}_{name}": part[name] for kind, part in results["data"].items() for name in ("images", "digest")}
+    return data | {"named_versions": ", ".join(f"{name} {version}" for name, version in results["versions"].items())}
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
-    number = min(number, len(images))
-    figure, axes = plt.subplots(number, 3, figsize=(9, 3 * number), squeeze=False)
-    processor = collate_images.image_processor
-    mean, deviation = (torch.tensor(value) for value in (processor.image_mean, processor.image_std))
-    for row, index in zip(axes, range(number), strict=True):
-        pixels = collate_images([images[index]])["pixel_values"][0].permute(1, 2, 0) * deviation + mean
-        batch = collate_examples([examples[index]])
-        batch = {name: batch[name].to(model.device) for name in ("pixel_values", "labels")}
-        labels = batch["labels"]
-        inputs = {"pixel_values": batch["pixel_values"], "input_boxes": boxes_around(labels)}
-        after = model(**inputs, multimask_output=False).pred_masks[0, :, 0]
-        with model.disable_adapter():
-            before = model(**inputs, multimask_output=False).pred_masks[0, :, 0]
-        for axis, name, masks in zip(
-            row, ("before", "after", "truth"), (before > 0, after > 0, labels[0] == 1), strict=True
-        ):
-            masks = torch.nn.functional.interpolate(masks[None].float(), pixels.shape[:2])[0].cpu()
-            axis.imshow(pixels.clamp(0, 1))
-            for i, mask in enumerate(masks):
-                shade = np.zeros((*mask.shape, 4))
-                shade[mask > 0.5] = (*matplotlib.colormaps["tab10"](i % 10)[:3], 0.55)
-                axis.imshow(shade)
-            axis.set_title(name)
-            axis.axis("off")
-    figure.tight_layout()
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+def presets_table(runs):
+    """The results of several runs on the same data as a table in Markdown; the first line is their base."""
+    measured = {label: name for label, name in MEASURED.items() if name in runs[0]["before"]["means"]}
+
+    def line(name, means, costs):
+        return [
+            name,
+            *(f"{means[key]:.3f}" for key in measured.values()),
+            *(f"{costs.get(key, '')}" for key in COSTS.values()),
+        ]
+
+    lines = [["preset", *measured, *COSTS], ["---"] * (1 + len(measured) + len(COSTS))]
+    lines.append(line("(none)", runs[0]["before"]["means"], {}))
+    lines += [line(run["preset"], run["after"]["means"], run) for run in runs]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+@contextlib.contextmanager
+def _replacing(folder):
+    """A folder to fill, which takes the place of `folder` when all is well."""
+    partial = Path(f"{folder}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+    except SafetensorError as error:
+        raise OSError(f"{folder} could not be written: {error}") from error
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)

@@ -1,8 +1,11 @@
 """transformers' Trainer with prompts made from labels, which stops where a loss is not finite."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from .prompts import training_prompts
 from .scores import score_prompts
@@ -31,6 +34,10 @@ class PromptTrainer(Trainer):
         self.prompts = prompts or {}
         self.batches = (-1, 0, [])  # a step, how many batches it has had, and the names of their images
         self.add_callback(_FiniteGradients(self))
+        quiet = self.args.disable_tqdm
+        self.remove_callback(PrinterCallback if quiet else ProgressCallback)
+        if not quiet:
+            self.add_callback(Progress())
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inner = self.accelerator.unwrap_model(model)
@@ -74,6 +81,17 @@ class PromptTrainer(Trainer):
         ious = ious.float().nan_to_num(-100)  # what Trainer fills up with as well
         return None, ious, ious
 
+    def _save_checkpoint(self, *args, **options):
+        """As Trainer's, but what could not be written to its end does not stay."""
+        try:
+            super()._save_checkpoint(*args, **options)
+        except Exception as error:  # safetensors, torch and Python each have their own for a full disk
+            folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+            shutil.rmtree(folder, ignore_errors=True)
+            raise OSError(
+                f"{folder} could not be written: {error}; those before it stay: free space, and go on with --resume"
+            ) from error
+
 
 class _FiniteGradients(TrainerCallback):
     """Keeps a step from spoiling the weights."""
@@ -84,6 +102,38 @@ class _FiniteGradients(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **others):
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         self.trainer.check_finite(torch.nn.utils.get_total_norm(gradients), "gradient")
+
+
+class SaveEvery(TrainerCallback):
+    """A checkpoint every few steps, beside those at the end of each epoch."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_step_end(self, args, state, control, **others):
+        if state.global_step % self.steps == 0 and not state.epoch.is_integer():
+            control.should_save = True
+
+
+class Progress(ProgressCallback):
+    """The bar with steps and time left, which also says the loss and the IoU so far."""
+
+    def __init__(self):
+        super().__init__()
+        self.said = {}
+
+    def on_log(self, args, state, control, logs=None, **others):
+        if "loss" in logs:
+            self._say(loss=logs["loss"])
+
+    def on_evaluate(self, args, state, control, metrics=None, **others):
+        super().on_evaluate(args, state, control, **others)
+        self._say(IoU=metrics["eval_iou"])
+
+    def _say(self, **numbers):
+        self.said |= {name: f"{value:.3f}" for name, value in numbers.items()}
+        if self.training_bar is not None:
+            self.training_bar.set_postfix(self.said)
 
 
 def mean_ious(prediction):

@@ -1,4 +1,4 @@
-"""`sam-split adapter`: LoRA and DoRA converted between q, k, v and qkv, or imported; outputs stay equal."""
+"""`sam-split adapter`: LoRA and DoRA between q, k, v and qkv, and out of other tools' files; outputs stay."""
 
 import json
 
@@ -27,7 +27,7 @@ def base(tmp_path_factory):
 
 
 def stock_masks(adapted):
-    """Merged first: stock passes arguments by keyword, which peft 0.18's wrapper of saved modules does not take."""
+    """Stock calls its parts by keyword, which peft 0.18 cannot pass on to a module that it saves: merge first."""
     saves = adapted.peft_config["default"].modules_to_save
     return masks(adapted.merge_and_unload() if saves else adapted)
 
@@ -50,7 +50,7 @@ def test_an_adapter_of_q_k_v_computes_the_same_on_stocks_qkv(name, base, tmp_pat
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_fused_and_split_again_it_is_the_adapter_it_was(name, base, tmp_path):
-    """Bit for bit if q, k and v have one scaling; else up to rounding, because the scalings went into B."""
+    """Bit for bit where one scaling served q, k and v; to rounding where they differed and went into B."""
     adapted = trained(ours(base), tmp_path / "adapter", **{"r": 2, "lora_alpha": 4, **ADAPTERS[name]})
     fuse_adapter(tmp_path / "adapter", tmp_path / "fused", base=base)
     split_adapter(tmp_path / "fused", tmp_path / "again", base=base)
@@ -104,7 +104,7 @@ def test_a_is_stacked_and_b_is_block_diagonal(base, tmp_path):
 
 
 def test_a_block_without_change_keeps_its_magnitude_at_rank_one():
-    """B is zero in the rows of k: one rank of zeros is kept for DoRA's magnitude."""
+    """B is zero in the rows of k, so no rank reaches them: one of zeros carries DoRA's magnitude."""
     b = torch.tensor([1.0, 1, 0, 0, 1, 1])[:, None]
     parts = transport._cut("attn.qkv", transport.Lora(torch.ones(1, 4), b, 0.5, None, torch.arange(6.0)))
     assert list(parts) == ["q", "k", "v"]
@@ -230,7 +230,7 @@ def test_a_trained_copy_of_the_positional_matrix_is_refused(base, tmp_path, caps
 
 
 class SamedQkv(nn.Module):
-    """SAMed's and Sam_LoRA's replacement of Meta's qkv: low-rank terms on the first and the last third."""
+    """What SAMed and Sam_LoRA put in the place of Meta's qkv: low-rank terms on the first and the last third."""
 
     def __init__(self, qkv, factors):
         super().__init__()

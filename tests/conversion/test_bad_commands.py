@@ -20,7 +20,7 @@ from conversion.cli import main
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The folder in which the commands below run: models, adapters, and other files."""
+    """What the commands below are run beside: models, adapters, and things that are neither."""
     folder = tmp_path_factory.mktemp("here")
     stock_model().save_pretrained(folder / "stock")
     torch.save(meta_model().state_dict(), folder / "meta.pth")
@@ -41,7 +41,7 @@ def folder(tmp_path_factory):
 
 LONG = "n" * 300
 
-# the command, run in `folder`, and what its error line must contain
+# the command, run in `folder`, and what its one line must say
 BAD = [
     ("", "COMMAND"),
     ("conver stock out", "'conver'"),
@@ -195,7 +195,7 @@ def test_warnings_of_libraries_do_not_reach_the_user(folder, tmp_path, capsys, m
 
 @pytest.mark.parametrize("delay", [0.1, 0.2, 0.3, 0.6, 1.2])
 def test_ctrl_c_while_modules_are_imported_is_one_line(delay, folder, tmp_path):
-    """The delay starts when Python itself has started: before that, the interpreter handles Ctrl-C."""
+    """The clock starts when Python itself is up: before that, the interpreter answers."""
     code = "import signal, sys; signal.signal(2, signal.default_int_handler); print(flush=True); "
     code += "from conversion.cli import main; sys.exit(main(sys.argv[1:]))"
     argv = [sys.executable, "-c", code, "convert", str(folder / "stock"), str(tmp_path / "out")]

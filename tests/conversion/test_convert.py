@@ -393,7 +393,7 @@ def test_code_in_a_pickle_is_not_run(is_zip, name, meta_state, stock_folder, tmp
     torch.save({**meta_state, "x": Payload(mark)}, source / name, _use_new_zipfile_serialization=is_zip)
     assert_refused(source / name if name == "sam.pth" else source, "Its code was not run", tmp_path, capsys)
     assert not mark.exists()
-    torch.load(source / name, weights_only=False)  # an unsafe reader does run the payload
+    torch.load(source / name, weights_only=False)  # the payload is alive: an unsafe reader runs it
     assert mark.exists()
 
 

@@ -1,4 +1,4 @@
-"""Whatever happens during a conversion, OUT is whole or absent, and existing files stay as they are."""
+"""Whatever happens during a conversion, OUT is whole or absent, and nothing that was there is touched."""
 
 import multiprocessing
 import os
@@ -58,7 +58,7 @@ def in_child(argv):
     """Run the command line in a forked child; its exit code becomes the child's."""
 
     def child():
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with SIGINT ignored
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background inherit that it is ignored
         os._exit(main(argv))
 
     process = fork.Process(target=child)
@@ -90,7 +90,7 @@ def test_a_missing_parent_is_named(stock_folder, tmp_path, capsys):
 
 
 def test_a_read_only_parent_gets_one_line(stock_folder, tmp_path, capsys, monkeypatch):
-    if os.geteuid() == 0:  # root may write anywhere, so the error is simulated
+    if os.geteuid() == 0:  # root writes where it likes, so the system's answer is played
         monkeypatch.setattr("pathlib.Path.mkdir", lambda path: os.mkdir(f"/proc/{path.name}"))
     else:
         tmp_path.chmod(0o500)
@@ -154,7 +154,7 @@ def test_killed_at_any_moment_it_leaves_no_out_or_a_whole_one(format, stock_fold
             process.join()
         outcomes.append(out.exists())
         if not out.exists():
-            assert main(argv) == 0  # leftovers of the killed run do no harm
+            assert main(argv) == 0  # what the killed run left behind does not hinder
         if format == "split":
             assert_whole(out, expected)
         else:
@@ -169,7 +169,7 @@ def test_what_a_killed_run_left_is_pointed_out(stock_folder, tmp_path, capsys):
 
 
 def test_ctrl_c_leaves_nothing(stock_folder, tmp_path, monkeypatch, capfd):
-    """Sent after the weights are written and before the other files are."""
+    """Sent when the weights are written and the rest is not."""
     reached = fork.Event()
     monkeypatch.setattr(checkpoints, "write_code_and_card", lambda *args, **options: (reached.set(), time.sleep(60)))
     process = in_child(command("convert", stock_folder, tmp_path / "out"))
@@ -206,7 +206,7 @@ def test_two_fusions_to_one_pth_make_one_whole_file(stock_folder, tmp_path):
 
 
 def test_the_name_is_taken_while_converting(stock_folder, tmp_path, monkeypatch, capsys):
-    """What another program creates between the last check and the rename stays."""
+    """The last check and the rename: what another program puts there in the meantime stays."""
     out = tmp_path / "out"
 
     def write_and_take(*args, **kwargs):

@@ -1,4 +1,4 @@
-"""Thousands of damaged files: each conversion ends in a whole folder or in one clear line."""
+"""Damaged files by the thousand: each conversion ends in a whole folder or in one clear line."""
 
 import json
 import random
@@ -37,7 +37,7 @@ def header_end(content: bytes) -> int:
 
 
 def structure(name: str, content: bytes) -> list[tuple[int, int]]:
-    """The ranges of bytes that hold a file's structure, not its tensors' values."""
+    """Where a file's own structure lies, as opposed to the numbers in its tensors."""
     if name.endswith(".safetensors"):
         return [(0, 9), (0, header_end(content))]
     if name.endswith(".json"):
@@ -115,7 +115,7 @@ CASES = [
 def test_a_damaged_file_ends_in_a_folder_or_in_one_line(case, sources, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
         atomic, "_flush_entry", lambda path: None
-    )  # thousands of flushes take minutes and test nothing
+    )  # thousands of flushes take minutes and show nothing
     source, file, count, damage = CASES[case]
     source = sources / source
     work = tmp_path / source.name

@@ -1,4 +1,4 @@
-"""A folder's other files: our own licence, wherever the package is installed, and SAM's processor settings."""
+"""The files beside the weights: the licence is ours wherever we are installed, the processor's settings are SAM's."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ class Installed(Path("/").__class__):
 
 @pytest.fixture
 def site_packages(tmp_path, monkeypatch):
-    """This package in a site-packages folder that holds another package's LICENSE."""
+    """This package in a site-packages folder, where another one has put its LICENSE."""
     (tmp_path / "conversion").mkdir()
     (tmp_path / "LICENSE").write_text("a stranger's")
     monkeypatch.setattr(folder, "__file__", str(tmp_path / "conversion" / "folder.py"))
@@ -122,7 +122,7 @@ def test_an_index_without_a_map_is_refused(weight_map, tmp_path):
 def test_the_dtype_of_a_folder_is_that_of_most_of_its_numbers(tmp_path):
     state = {key: tensor.bfloat16() for key, tensor in meta_model().state_dict().items()}
     for name in [name for name in state if name.endswith("bias")]:
-        state[name] = state[name].float()  # most tensors, but few of the numbers
+        state[name] = state[name].float()  # most tensors may be small
     torch.save(state, tmp_path / "meta.pth")
     convert(tmp_path / "meta.pth", tmp_path / "out", progress=False)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"

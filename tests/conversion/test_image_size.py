@@ -23,7 +23,7 @@ POS = "vision_encoder.pos_embed"
 
 @pytest.fixture(scope="module")
 def theirs():
-    """Real size: 1024 pixels, 64 x 64 tokens. Layer 0 is windowed and layer 1 is global."""
+    """Real input and grid, 1024 pixels and 64 x 64 tokens; layer 0 is windowed and layer 1 is global."""
     config = {**TINY, "vision_config": {**TINY["vision_config"], "image_size": 1024}}
     config["prompt_encoder_config"] = {**TINY["prompt_encoder_config"], "image_size": 1024}
     return redraw(SamModel(SamConfig(**config))).eval()
@@ -186,7 +186,7 @@ def test_the_same_size_is_not_resampled(stock_folder, tmp_path):
 
 
 def test_images_less_oblong_than_the_input_are_refused_by_the_processor(stock_folder, tmp_path):
-    """As the command says for an oblong size, so that no image is cropped without an error."""
+    """What the command says of an oblong size, so that nobody finds pictures cropped in silence."""
     with pytest.warns(match="images of the shape 768 x 1024 or more oblong ones, and refuses others"):
         convert(stock_folder, tmp_path / "out", image_size=(768, 1024), progress=False)
     processor = AutoProcessor.from_pretrained(tmp_path / "out")

@@ -1,4 +1,4 @@
-"""The key map: every key matches once, every row is used, and round trips keep every bit."""
+"""The key map: every key once, every row used, and no bit lost on the way there and back."""
 
 import itertools
 
@@ -38,7 +38,7 @@ def stock_shapes(**vision):
 
 
 def random_state(shapes, dtype=torch.float32, seed=0):
-    """Random bits for every tensor, NaN and infinity included."""
+    """Every tensor has bits of its own, NaNs and infinities included."""
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for key, value in shapes.items():

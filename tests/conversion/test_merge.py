@@ -1,4 +1,4 @@
-"""`sam-split merge`: a base and its adapter become one model in any format, with the adapted model's outputs."""
+"""`sam-split merge`: a base and its adapter become one model in any format, which computes what both did."""
 
 import json
 
@@ -69,7 +69,7 @@ def test_an_adapter_of_stocks_qkv_merges_too(config, bases, tmp_path):
 
 
 def test_trained_biases_are_merged_or_missed(bases, tmp_path, capsys):
-    """peft 0.18 does not save the biases that it trained; such an adapter is incomplete and is refused."""
+    """peft 0.18 does not save the biases that it trained; such an adapter cannot give back the model it was."""
     model = ours(bases["split"])
     adapted = trained(model, tmp_path / "adapter", r=2, target_modules=["q", "v"], bias="lora_only")
     argv = ["merge", str(bases["split"]), str(tmp_path / "adapter")]

@@ -1,4 +1,4 @@
-"""`sam-split segment`: its json equals the result of `generate_masks`, also after interrupted runs."""
+"""`sam-split segment`: its json is what `generate_masks` finds, wherever runs of it were stopped."""
 
 import json
 import os
@@ -31,7 +31,7 @@ OPTIONS = {"points_per_crop": 5, "pred_iou_thresh": 0.5, "stability_score_thresh
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
-    """A model and images, two of them with the same name, and files that are not images."""
+    """A model, and photographs of which two have one name; beside them what is none."""
     here = tmp_path_factory.mktemp("segment")
     convert(TINY_SAM, here / "split", progress=False)
     coins, coffee = data.coins(), data.coffee()
@@ -60,14 +60,14 @@ def command(here, out, *more, images="photos", model="split"):
 
 @pytest.fixture(scope="module")
 def good(here, tmp_path_factory):
-    """The folder of a successful run."""
+    """The folder of a run without fault."""
     out = tmp_path_factory.mktemp("good") / "out"
     assert main(command(here, out)) == 0
     return out
 
 
 def loaded(folder):
-    """The model with copied weights: their alignment in the mapped file changes the last bit of a product."""
+    """The model on memory of its own: how weights are aligned in their file decides the last bit of a product."""
     model = SamSplitModel.from_pretrained(folder)
     model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
     return model
@@ -103,7 +103,7 @@ def test_pycocotools_reads_the_masks_that_the_model_finds(here, good):
 def test_an_adapter_is_merged_and_changes_the_masks(here, good, tmp_path):
     adapted = trained(loaded(here / "split"), tmp_path / "lora", r=2, target_modules=["q", "v"])
     assert main(command(here, tmp_path / "out", "--adapter", str(tmp_path / "lora"), "--min-iou", "0.1")) == 0
-    # Merging changes rounding, so the reference is merged too.
+    # Merged weights round otherwise, so the peer is merged as well.
     expected = found(adapted.merge_and_unload(), here / "photos/a/coins.png", pred_iou_thresh=0.1)
     annotations = json.loads((tmp_path / "out/annotations.json").read_text())["annotations"]
     ours = [annotation for annotation in annotations if annotation["image_id"] == 1]
@@ -140,7 +140,7 @@ def test_without_any_mask_it_says_what_to_lower(here, tmp_path, capsys):
 
 
 class Killed(BaseException):
-    """Like SIGKILL, it is not caught by `except Exception` in the code under test."""
+    """As SIGKILL, it runs no `except Exception` of the code under test."""
 
 
 class Killer:
@@ -175,7 +175,7 @@ class Killer:
 
 
 def run(here, out):
-    """Like the command line, but errors are raised."""
+    """As the command line, but for the catching of errors."""
     segmentation.segment(
         here / "split", [here / "photos"], out, format="png", overlay=True, progress=False, **OPTIONS_OF_SEGMENT
     )
@@ -303,7 +303,7 @@ def test_files_folders_and_patterns_are_taken_once(here, good, tmp_path, monkeyp
     out = here / "photos" / "out"
     images = ["photos/plain.png", "photos/a", "photos/**/coins.*", "photos/b/coffee.JPG", "photos"]
     try:
-        for _ in range(2):  # the second run finds images inside OUT and must skip them
+        for _ in range(2):  # the second time there are images inside OUT, which are not taken
             assert (
                 main(["segment", "split", *images, str(out), *FLAGS, "--quiet", "--overlay", "--format", "png"]) == 0
             )
@@ -369,7 +369,7 @@ def test_bad_input_is_one_line(words, named, here, capsys, monkeypatch):
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1].startswith("sam-split: error: ")
     assert named in lines[-1]
-    if "--skip-bad" in words:  # it started, and reported what it left out
+    if "--skip-bad" in words:  # it was begun; what it left out was said
         shutil.rmtree(here / "out")
         assert lines[0].startswith("sam-split: skipped: ")
     else:

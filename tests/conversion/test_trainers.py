@@ -1,4 +1,4 @@
-"""Checkpoints as trainers save them: the model in them is found and named, and two models are an error."""
+"""Checkpoints as trainers leave them: the model among other things is found and named, and two models are an error."""
 
 import json
 

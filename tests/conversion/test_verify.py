@@ -1,4 +1,4 @@
-"""`sam-split verify`: one model in any two formats passes, and one changed bit or field is named."""
+"""`sam-split verify`: the same model in any two formats passes, and one changed bit or field is named."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Adapters with random weights in every tensor, and the masks of adapted models for two clicks."""
+"""Adapters whose every tensor was re-drawn, and what adapted models make of two clicks."""
 
 import torch
 from models import pixels, points
@@ -15,7 +15,7 @@ def ours(base):
 
 
 def trained(model, folder, seed=3, **config):
-    """Save a PEFT adapter with random weights in every tensor; return the adapted model."""
+    """A PEFT adapter whose every tensor is re-drawn, saved; and the adapted model."""
     model = get_peft_model(model, LoraConfig(**config)).eval()
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():

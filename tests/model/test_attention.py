@@ -1,4 +1,4 @@
-"""The attention path on each kind of device, and the widths to which its fused kernels are padded."""
+"""Which way the attention takes on which device, and the widths that its fused kernels are given."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float6
         ("meta", F32, "tiled"),
         ("cuda", F32, "folded"),
         ("cuda", F16, "folded"),
-        ("cuda", F64, "tiled"),  # the fused kernels then use the formula, with all scores
+        ("cuda", F64, "tiled"),  # only the formula, with all scores, is left of the fused kernels
         ("mps", F32, "tiled"),
         ("mps", F16, "tiled"),
         ("xpu", BF16, "tiled"),
@@ -33,7 +33,7 @@ def test_path(device, dtype, path, monkeypatch):
 
 
 class Elsewhere(torch.Tensor):
-    """A CPU tensor that claims to be on an accelerator other than CUDA."""
+    """A CPU's tensor that says it lies on an accelerator which is not CUDA."""
 
     @property
     def device(self):
@@ -47,7 +47,7 @@ def test_pieces_are_for_a_cpu(tensor, expected):
 
 
 def test_an_accelerator_takes_all_windows_in_one_tile(monkeypatch):
-    """ViT-B's 25 windows of 14 x 14 tokens and 12 heads: one product here, and many on a CPU."""
+    """25 windows of 14 x 14 tokens and 12 heads, ViT-B's: one product where a CPU's caches want many."""
     products = []
     original = torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda *args, **kwargs: products.append(1) or original(*args, **kwargs))

@@ -1,4 +1,4 @@
-"""`torch.compile` and `torch.export` capture the whole model in one graph, with equal outputs."""
+"""`torch.compile` and `torch.export` take the whole model in one graph, and the numbers stay."""
 
 import pytest
 import torch

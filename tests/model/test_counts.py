@@ -1,4 +1,4 @@
-"""The exact parameter counts that the documentation publishes, on the real ViT-B on the meta device."""
+"""The parameter counts that the documentation publishes, to the digit, on the real ViT-B without its memory."""
 
 import pytest
 import torch

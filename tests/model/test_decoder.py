@@ -1,4 +1,4 @@
-"""The mask decoder saves work and memory without changing its outputs: it folds plain layers and works in pieces."""
+"""The mask decoder does no work that its numbers do not need: it folds plain layers, and works in pieces."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def check(ours, theirs, kind):
 
 @pytest.fixture
 def fold(monkeypatch):
-    """Fold every plain layer. By default the tiny model has too few positions for folding to pay off."""
+    """Fold every plain layer, also those of the tiny model, whose few places do not pay for it."""
     folded = []
 
     def can_fold(layer, rows):
@@ -62,7 +62,7 @@ def test_not_folded(ours, theirs, monkeypatch):
 @pytest.mark.parametrize("how", ["autocast", "bfloat16"])
 @torch.no_grad()
 def test_folded_in_half_precision(ours, how, request):
-    """Folding does not increase rounding errors."""
+    """Folded or not, the rounding errors are of one size."""
     inputs = PROMPT_KINDS["points_and_boxes"]
     expected = stock_forward(ours, pixels(), **inputs)
     model = split_model(stock_model()).bfloat16() if how == "bfloat16" else ours
@@ -116,7 +116,7 @@ def with_adapter(layer):
 
 
 class Quantised(torch.Tensor):
-    """Stands for a quantised weight, whose data are not its values."""
+    """A weight that is not what it looks like."""
 
 
 def with_other_weight(layer):

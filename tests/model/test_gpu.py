@@ -1,6 +1,6 @@
-"""On a CUDA device: outputs equal a CPU's in every dtype, by fused kernels, with memory linear in the tokens.
+"""On a CUDA device: the numbers of a CPU in every dtype, by fused kernels, with memory that is linear in tokens.
 
-test_attention.py tests the padded widths, on any machine.
+The widths that each kernel is given are held by test_attention.py, on any machine.
 """
 
 import copy
@@ -30,7 +30,7 @@ def no_tf32(monkeypatch):
 
 
 def errors(found, expected):
-    """Relative errors of outputs and of gradients: the norm of all differences over the norm of all values."""
+    """Of outputs and of gradients: the norm of all differences, as part of the norm of all values."""
     return [
         sum((ours[name].cpu().double() - value).square().sum() for name, value in theirs.items()).sqrt()
         / sum(value.square().sum() for value in theirs.values()).sqrt()

@@ -1,4 +1,4 @@
-"""Every wrong input of the model raises one error that says what was given and what was expected."""
+"""Every wrong input of the model raises one error that says what was given and what is expected."""
 
 import re
 
@@ -25,7 +25,7 @@ BOXES, MASKS = boxes()["input_boxes"], masks()["input_masks"]
 PIXELS = {"pixel_values": pixels()}
 LOSS_LABELS = torch.ones(2, 1, 24, 24, dtype=torch.long)
 
-# What is given, and what the message must name: the argument, what was expected and what was given.
+# What is given, and what the message must say: the argument, what is expected and what came.
 WRONG = {
     "no_image": ({}, "pixel_values or image_embeddings, got neither"),
     "two_images": ({**PIXELS, "image_embeddings": embeddings()}, "pixel_values or image_embeddings, got both"),
@@ -167,7 +167,7 @@ def test_forward(ours, case):
     assert len(error.value.args) == 1, "one message, not a tuple of pieces"
 
 
-# Not a tensor, or not an argument at all: the message must name it and what is right.
+# What is no tensor, or no argument at all: the message must name it, and what would be right.
 MISTAKEN = {
     "pixels_as_array": ({"pixel_values": pixels().numpy()}, "pixel_values must be a torch.Tensor", "got ndarray"),
     "a_processors_whole_result": (
@@ -240,7 +240,7 @@ def test_what_a_processor_passes_beside_is_accepted(ours):
 
 
 def test_bool_labels_mean_foreground_and_background(ours):
-    """A single point is padded with one labelled -1, which a bool cannot represent."""
+    """A lone point gets a partner labelled -1, which a bool could not hold."""
     labels = torch.tensor([1, 0, 1, 1]).expand(2, 3, 4)
     with torch.no_grad():
         outputs = [

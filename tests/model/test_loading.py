@@ -1,4 +1,4 @@
-"""A checkpoint that does not fill the model raises and says what to do; weights are never random without an error."""
+"""A checkpoint that does not fill the model raises and says what to do; no weight is ever random in silence."""
 
 import json
 import shutil
@@ -111,7 +111,7 @@ def test_deeper_config_than_weights(load, folder):
 
 
 def test_shallower_config_than_weights(load, folder):
-    """A model with a layer left out is as wrong as one with a random layer."""
+    """A layer that is left out is a wrong model as much as a random one."""
     config = json.loads((folder / "config.json").read_text())
     config["vision_config"]["num_hidden_layers"] = 1
     (folder / "config.json").write_text(json.dumps(config))
@@ -182,7 +182,7 @@ def test_unknown_attn_implementation(load, folder):
 
 
 def test_sdpa_computes_attention_weights_when_asked(load, folder):
-    """Weights and outputs are those of the eager formula. Stock returns None without an error."""
+    """The weights and the outputs of the eager formula; stock returns nothing in silence."""
     with torch.no_grad():
         ours, eager = (load(folder, attn_implementation=name).eval() for name in ("sdpa", "eager"))
         asked, plain, expected = (
@@ -206,13 +206,13 @@ def test_loading_info(load, folder):
 
 
 def draw_what_is_marked_as_loaded(model, module, *_):
-    """transformers 5.0.0's loop with a file that initialises with `.data.normal_()`, which ignores the mark."""
+    """transformers 5.0.0's loop on a file that draws with `.data.normal_()`, which no mark holds back."""
     for tensor in module.parameters(recurse=False):
         tensor.data.normal_()
 
 
 def lose_the_marks(model, module, *_):
-    """A loader whose tensors lose their mark, for example when moved to a device."""
+    """A loader whose tensors lose their mark on the way, by a move to a device for one."""
     for tensor in module.parameters(recurse=False):
         tensor._is_hf_initialized = False
         model._init_weights(module)
@@ -229,7 +229,7 @@ def test_loaded_weights_drawn_anew(load, folder, ours, loop, monkeypatch):
 
 
 def test_mismatched_tensor_is_drawn_on_request(folder):
-    """The one case in which loading may initialise weights at random."""
+    """The one case in which loading may draw weights."""
     edit_weights(folder, lambda weights: {**weights, "mask_decoder.iou_token.weight": torch.zeros(1, 3)})
     model = SamSplitModel.from_pretrained(folder, ignore_mismatched_sizes=True)
     assert model.mask_decoder.iou_token.weight.std() > 0

@@ -1,4 +1,4 @@
-"""`labels` give SAM's training loss: correct value and gradient, padding and void ignored, safe in low precision."""
+"""`labels` give SAM's training loss: right in value and gradient, blind to padding and void, safe in low precision."""
 
 import pytest
 import torch
@@ -145,7 +145,7 @@ def test_no_labels_no_loss(model):
 
 @pytest.mark.parametrize("prompts", [boxes(), points(1, 0)], ids=["boxes", "points"])
 def test_what_padding_holds_changes_nothing(model, prompts):
-    """Two prompts are padding. Their coordinates do not change a bit of the loss or of any gradient."""
+    """Two prompts are padding; wherever they point, loss and every gradient keep their bits."""
     labels = targets()
     labels[0, 2] = labels[1, 0] = VOID_LABEL
     loss, gradients = loss_and_gradients(model, **prompts, labels=labels)
@@ -188,7 +188,7 @@ def test_more_padding_changes_nothing(model):
 
 @pytest.mark.parametrize("multimask", [True, False])
 def test_every_parameter_has_a_gradient(model, multimask):
-    """DistributedDataParallel waits for a gradient of every trainable parameter, even if it is zero."""
+    """DistributedDataParallel waits for every trainable parameter's gradient, be it zero."""
     _, gradients = loss_and_gradients(model, **boxes(), labels=targets(), multimask_output=multimask)
     assert gradients.keys() == {name for name, _ in model.named_parameters()}
 
@@ -211,7 +211,7 @@ def test_bfloat16(model, how):
 
 
 def test_image_embeddings_carry_gradients(model):
-    """Encoding once and decoding later gives the encoder the same gradients as `forward`."""
+    """Encoding once and decoding later trains the encoder as much as `forward` does."""
     _, expected = loss_and_gradients(model, **boxes(), labels=targets())
     model.zero_grad(set_to_none=True)
     embeddings = model.get_image_embeddings(pixels())

@@ -1,4 +1,4 @@
-"""float32 is used where half precision is too coarse, and each bug that leaves it out is caught."""
+"""Where half precision would lose too much, float32 is used; and each bug that leaves it out is caught."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ SIDE = {torch.bfloat16: 32, torch.float16: 64}  # the square of it is more equal
 
 
 def check_positions(dtype):
-    """Embedded positions equal float64's, rounded once, although phases are tens of radians."""
+    """Embedded positions are those of float64, rounded once: phases of tens of radians do not lose their turns."""
     embedding = split_model(stock_model()).shared_image_embedding.to(dtype)
     embedding.positional_embedding *= 4
     positions = torch.rand(200, 2, generator=torch.Generator().manual_seed(1))
@@ -47,7 +47,7 @@ def check_sums_over_tiles(dtype):
 
 
 def check_sums_over_windows(dtype):
-    """The token that stands for padding receives a gradient from each window."""
+    """The token that stands for padding takes a part from each window."""
     count = SIDE[dtype] ** 2
     windows, _ = attention.window_indices((1, 2 * count), 2, torch.device("cpu"))
     q, k, v = (0.01 * draw(1, 2 * count + 1, 1, 8, seed=seed).to(dtype) for seed in (1, 2, 3))

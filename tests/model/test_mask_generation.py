@@ -1,4 +1,4 @@
-"""Everything-mode equals transformers' pipeline and Meta's generator: number and order of masks, boxes, pixels."""
+"""Masks of everything are those of transformers' pipeline and of Meta's generator: number, order, boxes and pixels."""
 
 import numpy as np
 import pytest

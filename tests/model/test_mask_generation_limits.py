@@ -144,7 +144,7 @@ def test_many_masks_at_once_make_the_same_masks(monkeypatch):
 
 
 class Synchronisations(TorchDispatchMode):
-    """Counts the operations that wait for an accelerator."""
+    """Counts what an accelerator would have to be waited for."""
 
     WAITS = "nonzero", "masked_select", "unique", "equal"
 
@@ -205,7 +205,7 @@ def resident():
 
 @contextlib.contextmanager
 def peak(result):
-    """Add to `result` the largest growth of the process, in bytes."""
+    """Add to `result` the bytes that the process grew by at most."""
     before, stop, highest = resident(), threading.Event(), [0]
 
     def watch():
@@ -241,7 +241,7 @@ def test_average_recall_is_metas():
     for index, (name, image) in enumerate(PHOTOGRAPHS.items(), start=1):
         expected = metas_masks(name)
         images.append({"id": index, "height": image.height, "width": image.width})
-        # The ground truth is some of the masks, damaged so that they match at only some of the IoU thresholds.
+        # Any truth serves: some of the masks, damaged, which are found at some of the IoU thresholds.
         for mask in expected[::3]:
             damaged = mask["segmentation"].copy()
             damaged[rng.integers(0, 2, damaged.shape[0]).astype(bool) & (rng.random(damaged.shape[0]) < 0.5)] = False

@@ -1,4 +1,4 @@
-"""Mask generation takes every kind of image and option, and refuses ambiguous ones in one line."""
+"""Mask generation takes every kind of image and option, and refuses in one line what would mean something else."""
 
 import io
 import math

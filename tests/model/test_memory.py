@@ -1,7 +1,7 @@
-"""No mode allocates a score matrix over all pairs of image tokens, and results stay exact.
+"""No score matrix over all pairs of image tokens, whatever the mode, and exact numbers all the same.
 
-Allocations are watched on a grid of 64 x 64 tokens, where such a matrix is eight times larger than any allowed
-tensor. Each watcher is shown to detect the matrix of `attn_implementation="eager"` and of stock.
+Allocations are watched at a grid of 64 x 64 tokens, where such a matrix is eight times larger than anything that may
+be there; each watcher is shown to see the matrix that `attn_implementation="eager"` and stock make.
 """
 
 import contextlib
@@ -142,7 +142,7 @@ def test_all_pairs_are_seen_when_compiled():
 
 
 def peak_bytes(run: Callable) -> int:
-    """Peak memory allocated above what was allocated before."""
+    """The most memory that was allocated at one time beyond what was there before."""
     with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -155,7 +155,7 @@ def peak_bytes(run: Callable) -> int:
 
 
 def growth(attn_implementation: str) -> float:
-    """Memory of a step with four times the tokens, over that of the smaller step."""
+    """How much more memory a step takes for four times as many tokens."""
     small, large = (wide_model(attn_implementation, side) for side in (SIDE // 2, SIDE))
     return peak_bytes(lambda: step(large)) / peak_bytes(lambda: step(small, SIDE // 2))
 
@@ -165,7 +165,7 @@ def test_memory_is_linear_in_tokens():
 
 
 def decode(model: nn.Module, prompts: int) -> int:
-    """Peak memory of decoding that many points, less the masks themselves."""
+    """Peak memory of decoding that many points, without the masks themselves."""
     inputs = {"image_embeddings": draw(1, 32, 32, 32, seed=1), "input_points": draw(1, prompts, 1, 2, seed=2, low=0.0)}
     with torch.no_grad():
         masks = model(**inputs).pred_masks

@@ -1,4 +1,4 @@
-"""The parity tests detect bugs: each deliberate one below makes them fail.
+"""Parity is evidence: each deliberate bug below, put into our model, fails it.
 
 A mutation changes weights or replaces one function of the modeling file. Those of FORWARD change outputs; those of
 BACKWARD leave outputs alone and must be caught by the gradients.
@@ -308,7 +308,7 @@ def target_reaches_no_positions(ours, patch):
     block.forward = lambda tokens, image, positions, *rest: original(tokens, image, positions - target, *rest)
 
 
-# Bugs that show with some prompts only.
+# Bugs that only some prompts can show.
 FORWARD_OF_KIND = [
     (partner_of_a_lone_point_left_out, "foreground"),
     (no_mask_embedding_left_out, "none"),
@@ -319,7 +319,7 @@ FORWARD_OF_KIND = [
 
 
 def detached(tensor):
-    """Its gradient is zero, but it stays in the graph, so that asking for the gradient is not an error."""
+    """Without a gradient, but in the graph, so that asking for its gradient is no error."""
     return tensor.detach() + 0 * tensor
 
 

@@ -1,4 +1,4 @@
-"""The released ViT-B, converted, gives the scores in transformers' own tests.
+"""The released ViT-B through our converter meets the scores that transformers' own tests publish.
 
 Opt-in, because it downloads 375 MB from the Hugging Face Hub: `pytest -m network`.
 """
@@ -21,7 +21,7 @@ CAR = (
     "https://huggingface.co/datasets/huggingface/documentation-images/resolve/main/transformers/model_doc/sam-car.png"
 )
 
-# Prompt, in pixels of the image, and the predicted IoU of its last mask.
+# Prompt, in pixels of the picture, and the predicted IoU of its last mask.
 # Source: tests/models/sam/test_modeling_sam.py of huggingface/transformers.
 PUBLISHED = {
     "no_prompt": ({}, 0.4515),

@@ -1,4 +1,4 @@
-"""Weights that accelerate loads from disk layer by layer give the same outputs as weights in memory."""
+"""Weights on disk, brought in layer by layer by accelerate, give the outputs of weights in memory."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Ours equals stock transformers' SamModel: outputs, gradients, intermediate results, for every kind of prompt."""
+"""Ours is stock transformers' SamModel: outputs, gradients and intermediate results, for every kind of prompt."""
 
 import pytest
 import torch
@@ -119,7 +119,7 @@ def test_every_parameter_and_the_pixels_have_a_gradient(ours):
             _, gradients = outputs_and_gradients(stock_forward, ours, pixels(), **inputs)
             for name, gradient in gradients.items():
                 largest[name] = max(largest.get(name, 0.0), gradient.abs().max().item())
-    # The bias of keys adds one number to all scores of a query, and softmax ignores that.
+    # Softmax takes no notice of a number that is added to all scores of a query, and a bias of keys is one.
     still = {name for name, value in largest.items() if value < 1e-7}
     assert still == {name for name in largest if name.endswith((".k.bias", ".k_proj.bias"))}
 
@@ -135,7 +135,7 @@ def test_single_image(pair):
 
 
 def test_mask_for_each_prompt(ours, theirs):
-    """Ours takes (B, P, 1, h, w). Stock takes one mask per image, so it runs once for each prompt."""
+    """Ours takes (B, P, 1, h, w); stock takes one mask an image, so it is asked prompt by prompt."""
     inputs = {**points(1, 0), **masks(PROMPTS)}
     with torch.no_grad():
         outputs = stock_forward(ours, pixels(), **inputs)
@@ -168,7 +168,7 @@ def test_image_embeddings_are_reusable(pair):
 
 
 def test_image_embeddings_carry_gradients(ours, theirs):
-    """Stock's `get_image_embeddings` disables gradients, so its encoder is called instead."""
+    """Stock's `get_image_embeddings` forbids gradients, so stock is asked through its encoder."""
 
     def ours_in_two_steps(model, pixel_values, **inputs):
         return stock_forward(model, None, image_embeddings=model.get_image_embeddings(pixel_values), **inputs)
@@ -205,7 +205,7 @@ def test_attention_in_tiles(theirs, ours, monkeypatch, tile_scores):
 @pytest.mark.parametrize("head_dim", [14, 16])
 @pytest.mark.parametrize("backend", ["folded", "tiled"])
 def test_attention_backends(backend, head_dim):
-    """Both paths of `sdpa`, for a CPU and for accelerators, equal the formula: values and all five gradients."""
+    """Both ways of `sdpa`, whichever device they are meant for, are the formula: values and all five gradients."""
     rows, columns, heads, scale = 3, 5, 4, head_dim**-0.5
     shapes = [(2, heads, rows * columns, head_dim)] * 3 + [(rows, rows, head_dim), (columns, columns, head_dim)]
     leaves = [draw(*shape, seed=seed) for seed, shape in enumerate(shapes)]
@@ -329,7 +329,7 @@ def test_gradient_checkpointing(ours):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
 def test_half_precision(theirs, dtype, attn_implementation):
-    """In half precision, our error against float32 is at most twice stock's: rounding differs."""
+    """Ours in half precision is as near to float32 as stock is; roundings differ, so the bound is twice its error."""
     with torch.no_grad():
         exact = stock_forward(theirs, pixels(), **points(1, 0))
         half_stock = stock_model(attn_implementation=attn_implementation).to(dtype)

@@ -1,7 +1,7 @@
-"""Ours equals Meta's segment-anything, through our converter: outputs and gradients, for every prompt that Meta has.
+"""Ours is Meta's segment-anything: outputs and gradients, through our converter, for every prompt that Meta has.
 
-Meta has no padding label (-10) and no PerSAM inputs. It has what stock lacks: a mask for each prompt, and inputs that
-are not square.
+Meta has no padding label (-10) and no PerSAM inputs. It is the oracle for what stock lacks: a mask for each prompt,
+and inputs that are not square.
 """
 
 import pytest
@@ -129,7 +129,7 @@ def test_input_that_is_not_square():
 
 
 def test_all_three_models_agree(theirs):
-    """Meta's weights in our model, in stock's by our inverse, and back in Meta's."""
+    """The circle closes: Meta's weights in stock's model, by our inverse, and back in Meta's."""
     split = from_meta(theirs.state_dict())
     config = tiny_config()
     config.mask_decoder_config.layer_norm_eps = 1e-5

@@ -1,7 +1,7 @@
 """PEFT adapts the model with nothing patched: LoRA, DoRA and a trained mask decoder, saved, reloaded and merged.
 
-Fresh adapters change nothing, so a round trip would prove nothing: every adapter gets random weights, and each test
-asserts that they change the masks.
+Fresh adapters change nothing, so a round trip of them proves nothing: every adapter is drawn again, and each test
+asserts that it moves the masks.
 """
 
 import pytest
@@ -39,7 +39,7 @@ def lora_config(kind: str) -> LoraConfig:
 
 
 def adapted_model(folder, kind: str) -> PeftModel:
-    """A base with an adapter whose every trainable weight is random."""
+    """A base with an adapter whose every trainable weight is drawn again."""
     model = get_peft_model(base(folder), lora_config(kind))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -116,7 +116,7 @@ def test_training_moves_the_adapter_alone(folder, kind, gradient_checkpointing):
 
 
 def test_checkpointing_leaves_adapter_gradients_alone(folder):
-    """Re-entrant checkpointing drops them without an error when the mask decoder is trained too."""
+    """Re-entrant checkpointing drops them in silence when the mask decoder is trained too."""
     gradients = []
     for checkpointing in (False, True):
         model = adapted_model(folder, "lora_decoder")
@@ -139,7 +139,7 @@ def test_q_and_v_are_the_image_encoders_alone(folder):
 
 
 def test_adapter_is_seen_by_reused_embeddings(folder):
-    """Embeddings computed once carry the adapter's gradient; stock's do not."""
+    """Embeddings computed once carry the adapter's gradient, which stock's forbid."""
     model = adapted_model(folder, "lora")
     embeddings = model.get_image_embeddings(pixels())
     model(image_embeddings=embeddings, **points(1, 0)).pred_masks.square().mean().backward()

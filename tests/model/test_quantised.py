@@ -62,7 +62,7 @@ def test_lora(quantised):
 
 @pytest.mark.parametrize("skip", [None, ["vision_encoder", "mask_decoder"]], ids=["by_default", "as_asked"])
 def test_bitsandbytes_leaves_the_mask_decoder_alone(folder, skip):
-    """Some of its layers are too narrow to be packed. A list of modules to skip replaces this default."""
+    """Some of its layers are too narrow to be packed; who names modules to skip gets those and no others."""
     config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
     model = AutoModel.from_pretrained(folder, quantization_config=config, device_map="cpu")
     assert config.llm_int8_skip_modules == skip

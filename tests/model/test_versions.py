@@ -1,8 +1,8 @@
 """A converted folder gives the same numbers whichever transformers converts it and whichever loads it.
 
-A process can import one transformers only, so the expected numbers are stored here: stock SamModel's in float64, with
-weights from numpy, the same on every machine. This file runs under each supported version. It also tests that nothing
-warns, and that code files which break on some version are noticed.
+One process has one transformers, so the numbers are written down here: stock SamModel's in float64, on weights that
+numpy draws alike everywhere. Running this file under each supported version compares all of them. Nothing warns on the
+way, and files broken in the ways that remote code breaks when transformers moves are noticed.
 """
 
 import json
@@ -49,7 +49,7 @@ def test_numbers(folder, attn_implementation):
 
 
 def test_config_says_nothing_of_its_version(folder):
-    """A config must not store one version's defaults, because another version would read them as settings."""
+    """A config that one version writes must not carry defaults which another would take for settings."""
     config = json.loads((folder / "config.json").read_text())
     assert set(config) == {
         "architectures",
@@ -145,7 +145,7 @@ def errors(folder, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BREAKS)
 def test_use(errors, name):
-    """The intact folder raises and warns nothing; a broken one raises on the versions that it breaks on."""
+    """The whole folder raises and warns of nothing; a broken one does on the versions that it breaks on."""
     *_, on_4, on_5 = BREAKS[name]
     expected = on_4 if transformers_version.startswith("4.") else on_5
     assert re.search(expected, errors.get(name, ""))

@@ -1,4 +1,4 @@
-"""The benchmarks measure what they claim: one model for all peers, one process each, runs kept apart."""
+"""The benchmarks measure what they say: one model for all peers, a process for each, figures that are never mixed."""
 
 import mmap
 import re
@@ -41,7 +41,7 @@ def run(*arguments, out):
 
 @pytest.mark.parametrize("case", ["encoder-b1", "decoder-64", "lora-b1"])
 def test_peers_compute_the_same(case, tmp_path):
-    """Otherwise their ratios would be meaningless. torch.compile is tested only in a run that asks for it."""
+    """Otherwise a ratio between them would mean nothing. torch.compile is left to a run that asks for it."""
     outputs = {}
     for peer in TINY[case].peers:
         tasks = Tasks(asdict(TINY[case]), peer, "cpu", tmp_path)
@@ -89,7 +89,7 @@ def test_loading_and_converting(case, peer, tmp_path):
 
 @pytest.mark.parametrize("peer", PADDINGS)
 def test_paddings_compute_the_same(peer, tmp_path, monkeypatch):
-    """In the fused call, which a CPU runs on request."""
+    """In the fused call, which a CPU takes when it is asked for it."""
     monkeypatch.setattr(attention_sam_split, "attention_path", lambda *_: "folded")
     shapes, fused = [], torch.nn.functional.scaled_dot_product_attention
 
@@ -115,7 +115,7 @@ def test_products_in_place_are_counted():
 
 
 def test_peak_memory_is_of_one_call():
-    """The high-water mark is reset before each call, and includes memory that the call frees."""
+    """The high-water mark starts again with each call, and covers what is freed before it ends."""
     meter = meters.CPU(threads=1)
     meter.rest()  # as a worker does: what other tests have freed would be used again, and no page be new
     large = meter.measure(lambda: torch.ones(2**26).sum(), 0)
@@ -125,7 +125,7 @@ def test_peak_memory_is_of_one_call():
 
 
 def test_the_systems_share_of_the_time_is_apart():
-    """New pages take system time; arithmetic takes user time."""
+    """Fresh pages cost the system's time, arithmetic the process's own."""
 
     def fresh_pages():
         # Asked for beside torch's allocator, given back at once, and touched: a page fault every 4 KiB.
@@ -275,7 +275,7 @@ def test_the_least_favourable_round_decides(figure, values, met):
 
 
 def test_stop_in_the_middle_keeps_figures(tmp_path):
-    """Every figure is saved immediately; an unfinished case is measured again from its start."""
+    """Every figure is on disk at once; a case that was not finished is measured again, in full."""
     synthetic(tmp_path / "cpu.json")
     results = Results.open(tmp_path / "cpu.json", ABOUT)
     (found,) = results.run.cases.values()
@@ -289,7 +289,7 @@ def test_the_models_files_are_known_by_all_that_travel():
 
 
 def test_stored_runs_are_whole():
-    """The committed runs can be read and extended, and the committed report is theirs."""
+    """What is committed can be read and added to, and the report is the one of these figures."""
     folder = ROOT / "benchmarks/results"
     results = Results.read(folder / "cpu.json")
     assert report.markdown(results, "cpu.png") == (folder / "cpu.md").read_text(encoding="utf-8")
@@ -330,7 +330,7 @@ def test_help_names_every_option(capsys):
 
 @pytest.mark.slow
 def test_plot(measured, tmp_path):
-    """Plotted if all parts exist, else left out of the report."""
+    """Drawn when all parts are there, and left out of the report when they are not."""
     from benchmarks.plot import draw
 
     results = Results.read(measured / "quick-cpu.json")

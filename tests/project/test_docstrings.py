@@ -1,4 +1,4 @@
-"""The examples in docstrings give the results shown."""
+"""The examples in the docstrings do what they say."""
 
 import doctest
 import importlib

@@ -18,7 +18,7 @@ TOP_NAMES |= {"benchmarks", "examples", "tests", "noxfile"}
 
 
 def floor(name):
-    """The floor of a module, given its full name; None for a third-party package."""
+    """The floor of a module by its full name, None for a package of somebody else's."""
     top, *_ = name.split(".")
     if top in FLOORS:
         return FLOORS.index(top)

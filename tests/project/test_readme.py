@@ -94,7 +94,7 @@ def section(title):
 
 
 def test_speed_and_memory_are_the_reports():
-    """The table equals that of the stored runs, and no figure stands outside it."""
+    """The table is the one that the stored runs give, and nothing beside it is a figure."""
     table = report.summary(Results.read(ROOT / "benchmarks/results/cpu.json"))
     text = section("Speed and memory")
     assert table in text

@@ -1,4 +1,4 @@
-"""Bad input of `sam_split.training` raises one error that says what was wrong and what to do."""
+"""What `sam_split.training` is given and cannot use ends in one message that says what was wrong and what to do."""
 
 from pathlib import Path
 

@@ -9,23 +9,13 @@ import numpy as np
 import pytest
 from models import stock_model
 from PIL import Image
+from training_data import image_folder
 
 from conversion import convert
 from conversion.cli import main
 from conversion.cli.demo import TINY_SAM
 
 ROOT = Path(__file__).parents[2]
-
-
-def image_folder(folder, number=3):
-    for kind in ("images", "masks"):
-        (folder / kind).mkdir(parents=True)
-    for i in range(number):
-        Image.new("RGB", (60, 40), (i, 50, 90)).save(folder / "images" / f"{i}.png")
-        mask = np.zeros((40, 60), np.uint8)
-        mask[5:20, 8:30] = 1
-        Image.fromarray(mask).save(folder / "masks" / f"{i}.png")
-    return folder
 
 
 def coco(folder, text):
@@ -47,10 +37,10 @@ def place(tmp_path_factory):
     (place / "file").write_text("text")
     (place / "broken").mkdir()
     (place / "broken" / "config.json").write_text("{")
-    image_folder(place / "data")
+    image_folder(place / "data", 3)
     image_folder(place / "one", 1)
     image_folder(place / "none", 0)
-    images = {name: image_folder(place / name) for name in (
+    images = {name: image_folder(place / name, 3) for name in (
         "maskless", "cut", "no_image", "cut_mask", "size", "objectless", "colour", "deep", "floats",
     )}  # fmt: skip
     (images["maskless"] / "masks" / "1.png").unlink()

@@ -13,7 +13,7 @@ import torch
 from models import pixels, points, split_model, stock_model
 from packaging.version import Version
 
-FSDP2_ON_CPU = Version(torch.__version__) >= Version("2.13")  # torch 2.6's version fails without an accelerator
+FSDP2_ON_CPU = Version(torch.__version__) >= Version("2.13")  # that of torch 2.6 fails without an accelerator
 SCRIPT = """
 import sys
 import torch
@@ -98,7 +98,7 @@ def results(ours, inputs, tmp_path_factory):
     ],
 )
 def test_data_parallel(ours, inputs, results, how):
-    """One step on one image in each process equals a step on the mean of both images' losses."""
+    """One step on two images, one each, moves the weights as the mean of both images' losses does."""
     ours.zero_grad()
     halves = [ours(**{name: value[i : i + 1] for name, value in inputs.items()}).loss for i in (0, 1)]
     (sum(halves) / 2).backward()

@@ -1,4 +1,4 @@
-"""`sam_split.training`: ragged examples become one batch, prompts come from masks, a cached prefix is exact."""
+"""`sam_split.training`: ragged examples make one batch, prompts follow from masks, a cached prefix changes nothing."""
 
 import pytest
 import torch
@@ -147,7 +147,7 @@ def test_boxes_around():
 
 
 def test_cached_prefix_equals_the_whole_model():
-    """Same loss and gradients, bit for bit, with adapters in the layers that are not cached."""
+    """Same loss and same gradients, bit for bit, with adapters in the layers that stay."""
     torch.manual_seed(0)
     whole, cut = split_model(stock_model()), split_model(stock_model())
     hidden_states = prefix_hidden_states(cut, pixels(), 1)

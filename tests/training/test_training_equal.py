@@ -1,4 +1,4 @@
-"""A batch of eight gives the same training steps accumulated, checkpointed, or in two processes."""
+"""However a batch of eight is cut up, training takes the same steps: accumulated, checkpointed, in two processes."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def examples():
-    """Eight images with two objects each: means of means are equal only for equal numbers of prompts."""
+    """Eight images with two objects each: with the same number of prompts everywhere, means of means agree."""
     images = draw(8, 3, IMAGE_SIZE, IMAGE_SIZE, seed=1)
     labels = torch.zeros(8, 2, IMAGE_SIZE, IMAGE_SIZE)
     for i in range(8):
@@ -30,7 +30,7 @@ def examples():
 
 
 def train(folder: Path, batch: int, **options):
-    """Three steps of eight images. Returns the adapter, and the model before and after."""
+    """Three steps of eight images; the adapter, and the model as it was and as it is."""
     torch.manual_seed(0)
     model = get_peft_model(split_model(stock_model()), LoraConfig(r=4, target_modules=["q", "v"]))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -93,7 +93,7 @@ def test_two_processes(whole, tmp_path):
 
 
 def test_cached_prefix_saves_its_layers():
-    """Counted in operations: a step with a cached prefix saves exactly the prefix's work."""
+    """Counted in operations, whatever the machine: a step without the prefix lacks exactly its work."""
     config = LoraConfig(r=4, target_modules=r".*layers\.3\.attn\.(q|v)")
     whole, cut = (split_model(stock_model(tiny_config(num_hidden_layers=4))) for _ in range(2))
     with FlopCounterMode(display=False) as prefix:
@@ -108,7 +108,7 @@ def test_cached_prefix_saves_its_layers():
 
 
 def test_cached_prefix_saves_its_time():
-    """The step saves the cached layers' CPU seconds, at least 0.7 of them: timing varies."""
+    """The step is faster by what the cached layers took, in CPU seconds: at least by 0.7 of it, for clocks waver."""
     layers, cached, size = 8, 6, 512
     wider = {"hidden_size": 128, "mlp_dim": 512, "num_hidden_layers": layers, "global_attn_indexes": [2, 5]}
     config = tiny_config(image_size=size, **wider)

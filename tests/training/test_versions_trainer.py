@@ -1,4 +1,4 @@
-"""transformers' Trainer trains the model: accumulation, evaluation and checkpoints work as documented."""
+"""transformers' Trainer trains the model: accumulation, evaluation and checkpoints mean what they say."""
 
 import pytest
 import torch

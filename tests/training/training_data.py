@@ -1,7 +1,8 @@
-"""A collator of the tiny model, and examples for it."""
+"""A collator of the tiny model, examples for it, and folders of images and masks."""
 
 import numpy as np
 from models import IMAGE_SIZE, TINY
+from PIL import Image
 from transformers import SamImageProcessor
 
 from sam_split.training import SamSplitCollator
@@ -26,3 +27,18 @@ def example(height, width, *corners, **more):
         mask[y0 : y1 + 1, x0 : x1 + 1] = 1
     image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return {"image": image, "masks": masks, "name": "a.png", **more}
+
+
+def image_folder(folder, number=4, size=(40, 60)):
+    """`images/` of noise and `masks/` with two rectangles each, (height, width) in `size`."""
+    for kind in ("images", "masks"):
+        (folder / kind).mkdir(parents=True)
+    height, width = size
+    for i in range(number):
+        image = np.random.default_rng(i).integers(0, 256, (*size, 3), dtype=np.uint8)
+        mask = np.zeros(size, np.uint8)
+        mask[height // 8 : height // 2, width // 8 : width // 2] = 1
+        mask[5 * height // 8 : -2, width // 2 : -4 - i] = 255
+        Image.fromarray(image).save(folder / "images" / f"{i}.png")
+        Image.fromarray(mask).save(folder / "masks" / f"{i}.png")
+    return folder
