@@ -29,7 +29,7 @@ OLDEST, *_, NEWEST = PINS
 PYTEST = ("-m", "pytest", "--numprocesses=2", "--dist=worksteal", "--durations=15")
 # What no version of transformers or peft changes, or takes long, is run on the newest alone: files by folder.
 NEWEST_ONLY = {
-    "conversion": "bad_commands command_line demo faults faults_fuzz folder image_size key_map trainers",
+    "conversion": "bad_commands command_line demo faults faults_fuzz folder image_size key_map segment_ray trainers",
     "hub": "card push push_faults push_folder",
     "model": "gpu loss memory mutations parity_vit_b quantised",
     "project": "benchmarks changelog floors",
@@ -137,7 +137,7 @@ def _python(session, version: str) -> str:
         python = next(path for path in folder.glob("*/python*") if path.stem == "python")
     wanted = [".[test]", f"transformers=={version}", *PINS[version]]
     if version == NEWEST:
-        wanted = [".[test,quantised]", "--upgrade"]
+        wanted = [".[test,quantised,ray]", "--upgrade"]
     session.run("uv", "pip", "install", "--quiet", "--python", str(python), "--editable", *wanted)
     return str(python)
 

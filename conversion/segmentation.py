@@ -98,8 +98,8 @@ def segment(
     _check_pillow()
     out = _check_folder(out, source, adapter)
     root, found = find_images(images, out)
-    model, statistics, digest = _load(source, adapter)
-    model = _on(device, model)
+    model, statistics, digest = load_model(source, adapter)
+    model = on_device(device, model)
     names = {"images": str(root), "source": str(source), "adapter": adapter and str(adapter)}
     _begin(out, {**names, "weights": digest, **options})
     try:
@@ -169,7 +169,7 @@ def _check_pillow() -> None:
 # The model
 
 
-def _load(source, adapter):
+def load_model(source, adapter):
     """The model in float32, the mean and deviation of its images, and a digest of all that results depend on."""
     checkpoint = open_checkpoint(source)
     config, tensors = describe(checkpoint)
@@ -190,7 +190,7 @@ def _load(source, adapter):
     return model, statistics, digest.hexdigest()
 
 
-def _on(device: str | None, model):
+def on_device(device: str | None, model):
     try:
         return model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     except (RuntimeError, AssertionError) as error:

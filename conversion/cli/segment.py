@@ -45,22 +45,22 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: cuda where there is one, else cpu)")
     add_quiet(parser)
     options = parser.add_argument_group("which masks (a run that goes on needs the same)")
-    options.add_argument("--points", metavar="N", type=_at_least(1), default=32, help="along a side of the grid (32)")
+    options.add_argument("--points", metavar="N", type=at_least(1), default=32, help="along a side of the grid (32)")
     options.add_argument(
         "--crop-layers",
         metavar="N",
-        type=_at_least(0),
+        type=at_least(0),
         default=0,
         help="repeat on 4, 16, ... crops: small objects",
     )
-    options.add_argument("--min-iou", metavar="X", type=_share, default=0.88, help="predicted IoU of a mask (0.88)")
-    options.add_argument("--min-stability", metavar="X", type=_share, default=0.95, help="stability of a mask (0.95)")
+    options.add_argument("--min-iou", metavar="X", type=share, default=0.88, help="predicted IoU of a mask (0.88)")
+    options.add_argument("--min-stability", metavar="X", type=share, default=0.95, help="stability of a mask (0.95)")
     options.add_argument(
-        "--min-region", metavar="N", type=_at_least(0), default=0, help="fill holes, drop islands of N pixels or fewer"
+        "--min-region", metavar="N", type=at_least(0), default=0, help="fill holes, drop islands of N pixels or fewer"
     )
 
 
-def _at_least(least: int):
+def at_least(least: int):
     def number(text: str) -> int:
         if not text.isdecimal() or len(text) > 9 or int(text) < least:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
@@ -69,7 +69,7 @@ def _at_least(least: int):
     return number
 
 
-def _share(text: str) -> float:
+def share(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
