@@ -97,6 +97,7 @@ def _padded(tensor, length, value):
 
 def _fitted_mask(mask, resized, size, prompts):
     """Labels (prompts, *size) of a mask (P, height, width) that fills `resized` of it, nearest neighbour."""
-    mask = F.interpolate(_float(mask)[None], tuple(resized), mode="nearest-exact")[0].to(torch.int8)
+    mask = torch.from_numpy(np.asarray(mask).astype(np.int8).view(np.uint8))  # interpolation knows no int8
+    mask = F.interpolate(mask[None], tuple(resized), mode="nearest-exact")[0].view(torch.int8)
     mask = F.pad(mask, (0, size[1] - resized[1], 0, size[0] - resized[0]), value=VOID_LABEL)
     return _padded(mask, prompts, VOID_LABEL)

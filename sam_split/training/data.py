@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..modeling_sam_split import VOID_LABEL
 from .checks import check_example
 
 
@@ -79,8 +80,8 @@ def find_examples(source, split="train", image_column="image", mask_column="mask
 
     Args:
         source: a folder with `images/NAME.png` (or .jpg) and `masks/NAME.png`, 0 for background, another value per
-            object; a folder with `images/` and COCO's `annotations.json` (polygons or run lengths); or a saved
-            dataset or the Hub id of one, with columns of images and of such masks.
+            object; a folder with `images/` and COCO's `annotations.json` (polygons or run lengths; crowds are void);
+            or a saved dataset or the Hub id of one, with columns of images and of such masks.
         split, image_column, mask_column: of a dataset.
 
     Raises:
@@ -100,7 +101,7 @@ def object_masks(instances):
     if instances.ndim != 2:
         raise ValueError(f"a mask must have one channel, got shape {instances.shape}; save it in mode L or I;16")
     values = np.unique(instances)
-    return (instances == values[values > 0][:, None, None]).astype(np.int8)
+    return (instances == values[values > 0][:, None, None]).view(np.int8)
 
 
 def _folder_readers(folder):
@@ -129,12 +130,32 @@ def _coco_readers(folder):
     def read(name, number):
         image = Image.open(folder / "images" / name)
         try:
-            masks = [coco.annToMask(annotation) for annotation in coco.loadAnns(coco.getAnnIds(number))]
+            return image, _coco_masks(coco, number, (image.height, image.width))
         except (KeyError, TypeError, IndexError) as error:
             raise ValueError(f"its annotations are not in COCO's format: {error!r}") from error
-        return image, np.stack(masks) if masks else np.zeros((0, image.height, image.width), np.int8)
 
     return {name: lambda name=name, number=number: read(name, number) for name, number in images.items()}
+
+
+def _coco_masks(coco, number, size):
+    """Masks (P, *size) of an image's objects, void where a crowd is, for its members have no masks of their own.
+
+    Polygons are cut off at the image's edges; an object that leaves no pixel inside is left out.
+    """
+    objects, crowd = [], np.zeros(size, bool)
+    for annotation in coco.loadAnns(coco.getAnnIds(number)):
+        if not annotation.get("segmentation"):
+            raise ValueError(f"annotation {annotation['id']} has no segmentation; masks are needed, boxes do not do")
+        mask = coco.annToMask(annotation).astype(np.int8)
+        if mask.shape != size:
+            raise ValueError(f"annotations.json says that its (height, width) is {mask.shape}, but it is {size}")
+        if annotation.get("iscrowd"):
+            crowd |= mask > 0
+        elif mask.any():
+            objects.append(mask)
+    masks = np.stack(objects) if objects else np.zeros((0, *size), np.int8)
+    masks[:, crowd] = np.where(masks[:, crowd] == 1, 1, VOID_LABEL)
+    return masks
 
 
 def _dataset_readers(source, split, image_column, mask_column):

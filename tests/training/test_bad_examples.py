@@ -18,6 +18,12 @@ from conversion.cli.demo import TINY_SAM
 ROOT = Path(__file__).parents[2]
 
 
+def corners(number, x0, y0, x1, y1):
+    """A rectangle as an annotation of image 0."""
+    polygon = [x0, y0, x1, y0, x1, y1, x0, y1]
+    return {"id": number, "image_id": 0, "category_id": 1, "segmentation": [polygon]}
+
+
 def coco(folder, text):
     folder.mkdir()
     (folder / "images").mkdir()
@@ -41,9 +47,11 @@ def place(tmp_path_factory):
     image_folder(place / "one", 1)
     image_folder(place / "none", 0)
     images = {name: image_folder(place / name, 3) for name in (
-        "maskless", "cut", "no_image", "cut_mask", "size", "objectless", "colour", "deep", "floats",
+        "maskless", "nothing", "cut", "no_image", "cut_mask", "size", "objectless", "colour", "deep", "floats",
     )}  # fmt: skip
     (images["maskless"] / "masks" / "1.png").unlink()
+    for i in range(3):
+        Image.new("L", (60, 40), 0).save(images["nothing"] / "masks" / f"{i}.png")
     (images["cut"] / "images" / "1.png").write_bytes((images["cut"] / "images" / "1.png").read_bytes()[:60])
     (images["no_image"] / "images" / "1.png").write_text("text")
     (images["cut_mask"] / "masks" / "1.png").write_bytes(b"")
@@ -59,6 +67,14 @@ def place(tmp_path_factory):
     coco(place / "coco_none", json.dumps({"images": files, "annotations": [], "categories": []}))
     shapeless = [{"id": 1, "image_id": 0, "category_id": 1}]
     coco(place / "coco_shapeless", json.dumps({"images": files, "annotations": shapeless, "categories": []}))
+    boxed = [{"id": 5, "image_id": 0, "category_id": 1, "bbox": [8, 5, 22, 15]}]
+    coco(place / "coco_boxes", json.dumps({"images": files, "annotations": boxed, "categories": []}))
+    crowds = [{**corners(1, 8, 5, 30, 20), "iscrowd": 1}]
+    coco(place / "coco_crowds", json.dumps({"images": files, "annotations": crowds, "categories": []}))
+    outside = [corners(1, 70, 5, 90, 20)]
+    coco(place / "coco_outside", json.dumps({"images": files, "annotations": outside, "categories": []}))
+    larger = [{**file, "width": 61} for file in files]
+    coco(place / "coco_size", json.dumps({"images": larger, "annotations": [corners(1, 8, 5, 30, 20)]}))
     lost = [{**file, "file_name": f"lost{file['id']}.png"} for file in files]
     coco(place / "coco_lost", json.dumps({"images": lost, "annotations": [], "categories": []}))
     rows = datasets.Dataset.from_dict({"image": [1, 2], "mask": [1, 2]})
@@ -98,7 +114,12 @@ CASES = {
     "COCO list": ("tiny coco_list out", "annotations.json is not in COCO's format"),
     "bare COCO": ("tiny coco_bare out", "annotations.json is not in COCO's format"),
     "COCO without objects": ("tiny coco_none out", "0.png: example '0.png' has no object"),
-    "COCO without shapes": ("tiny coco_shapeless out", "0.png: its annotations are not in COCO's format"),
+    "COCO without shapes": ("tiny coco_shapeless out", "0.png: annotation 1 has no segmentation"),
+    "COCO with boxes only": ("tiny coco_boxes out", "0.png: annotation 5 has no segmentation; masks are needed"),
+    "COCO with crowds only": ("tiny coco_crowds out", "0.png: example '0.png' has no object"),
+    "COCO outside the image": ("tiny coco_outside out", "0.png: example '0.png' has no object"),
+    "COCO of another size": ("tiny coco_size out", "its (height, width) is (40, 61), but it is (40, 60)"),
+    "no object anywhere": ("tiny nothing out --skip-bad", "no image can be used"),
     "COCO without files": ("tiny coco_lost out", "lost0.png: "),
     "numbers as images": ("tiny rows out", "row 0: a mask must have one channel"),
     "no column": ("tiny rows out --mask-column truth", "no column 'truth'; it has image, mask"),
@@ -123,6 +144,10 @@ CASES = {
     "no steps": ("tiny data out --steps 0", "--steps: must be an integer of at least 1, got 0"),
     "negative rate": ("tiny data out --lr=-1", "--lr: must be a number of at least 0, got -1"),
     "NaN rate": ("tiny data out --lr nan", "--lr: must be a number of at least 0, got nan"),
+    "unknown prompts": ("tiny data out --prompts text", "argument --prompts: invalid choice: 'text'"),
+    "negative background": ("tiny data out --background=-1", "--background: must be an integer of at least 0"),
+    "no steps between checkpoints": ("tiny data out --save-steps 0", "--save-steps: must be an integer of at least 1"),
+    "unknown tracker": ("tiny data out --report-to paper", "--report-to paper: paper is not supported"),
     "negative corrections": ("tiny data out --corrections=-1", "--corrections: must be an integer of at least 0"),
     "negative patience": ("tiny data out --patience=-1", "--patience: must be an integer of at least 0"),
     "negative seed": ("tiny data out --seed=-1", "--seed: must be an integer of at least 0"),

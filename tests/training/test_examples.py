@@ -9,13 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 from PIL import Image
-from pycocotools import mask as coco_mask
 from safetensors.torch import load_file
 from training_data import image_folder
 from transformers import AutoModel, SamModel
@@ -23,7 +21,7 @@ from transformers import AutoModel, SamModel
 from conversion import convert
 from conversion.cli import main
 from conversion.cli.demo import TINY_SAM
-from sam_split.training import boxes_around, find_examples, iou_and_dice, object_masks
+from sam_split.training import boxes_around, find_examples, iou_and_dice
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -138,42 +136,22 @@ def test_presets(base, coins, tmp_path, preset, trained):
         assert {re.search(r"layers\.(\d+)", name)[1] for name in adapter} == {"3"}, "by its number in the whole model"
 
 
-def test_folder_coco_and_dataset_agree(tmp_path):
-    folder = image_folder(tmp_path / "folder")
-    expected = find_examples(folder)
-    assert expected[0]["masks"].shape == (2, 40, 60)
-
-    coco = tmp_path / "coco"
-    coco.mkdir()
-    (folder / "images").rename(coco / "images")
-    images, annotations = [], []
-    for i in range(4):
-        images.append({"id": i, "file_name": f"{i}.png", "height": 40, "width": 60})
-        for mask in object_masks(Image.open(folder / "masks" / f"{i}.png")):
-            rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-            rle["counts"] = rle["counts"].decode()
-            annotations.append({"id": len(annotations) + 1, "image_id": i, "category_id": 1, "segmentation": rle})
-    content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "thing"}]}
-    (coco / "annotations.json").write_text(json.dumps(content))
-
-    rows = {
-        "image": [str(coco / "images" / f"{i}.png") for i in range(4)],
-        "mask": [str(folder / "masks" / f"{i}.png") for i in range(4)],
-    }
-    data = datasets.Dataset.from_dict(rows)
-    data = data.cast_column("image", datasets.Image()).cast_column("mask", datasets.Image())
-    data.save_to_disk(tmp_path / "saved")
-
-    image_folder(tmp_path / "again")
-    expected = find_examples(tmp_path / "again")
-    for source in (coco, tmp_path / "saved"):
-        images = find_examples(source)
-        assert len(images) == 4
-        for ours, theirs in zip((images[i] for i in range(4)), (expected[i] for i in range(4)), strict=True):
-            assert np.array_equal(ours["masks"], theirs["masks"])
-            assert np.array_equal(np.asarray(ours["image"]), np.asarray(theirs["image"]))
-    with pytest.raises(ValueError, match="has no column 'truth'; it has image, mask"):
-        find_examples(tmp_path / "saved", mask_column="truth")
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "objects"), [((3000, 4000), 2), ((20, 20), 2), ((400, 600), 300)], ids=["12 MP", "20 px", "300 objects"]
+)
+def test_sizes(base, tmp_path, size, objects):
+    """Large images, small ones and many objects, to the end of the run."""
+    folder = image_folder(tmp_path / "data", 2, size)
+    if objects == 300:
+        cells = 1 + np.arange(15)[:, None] * 20 + np.arange(20)  # 15 x 20 squares, a pixel between them
+        instances = np.kron(cells, np.pad(np.ones((25, 29), int), ((0, 1), (0, 1))))
+        for i in range(2):
+            Image.fromarray(np.pad(instances, ((0, 10), (0, 0))).astype(np.uint16)).save(folder / "masks" / f"{i}.png")
+    assert [len(example["masks"]) for example in find_examples(folder)] == [objects] * 2
+    assert run(base, folder, tmp_path / "out", "--epochs", "1", "--holdout", "0.5") == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["after"]["images"][0]["objects"] == objects
 
 
 def test_skip_bad(base, tmp_path, capsys):
