@@ -1,7 +1,6 @@
 """Folders to publish: a tiny split model whose outputs depend on every weight, and a LoRA adapter for it."""
 
 import json
-import shutil
 
 import models
 import torch
@@ -49,9 +48,3 @@ def shard(folder):
     single.unlink()
     save_torch_state_dict(weights, folder, max_shard_size=limit)
     assert len(list(folder.glob("model-*-of-00002.safetensors"))) == 2
-
-
-def copy_with_config(source, target, **changes):
-    shutil.copytree(source, target)
-    edit_json(target / "config.json", **changes)
-    return target

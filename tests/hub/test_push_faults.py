@@ -1,18 +1,9 @@
-"""Whatever the Hub or the network does, the branch holds the old commit or the whole new one; a second run finishes.
-
-The pushes here skip the load in a fresh interpreter (see test_push.py) and run on a clock that does not wait.
-"""
-
-import json
-import threading
+"""Whatever the Hub or the network does, the branch holds the old commit or the whole new one; a new run ends it."""
 
 import pytest
-from hub_client import Client
-from hub_folders import copy_with_config
-from hub_server import TOKEN, StoredFile
+from hub_server import TOKEN, Answer, StoredFile
 
 REPO = "alice/sam"
-HTML = b"<!DOCTYPE html><html><body>Please sign in to the guest network</body></html>"
 ALWAYS = 10_000
 
 # Every request of a push to a repository that does not exist yet, in order.
@@ -24,20 +15,26 @@ STEPS = {
     "preupload": f"POST /api/models/{REPO}/preupload/",
     "batch": f"POST /{REPO}.git/info/lfs/objects/batch",
     "upload": "PUT /object/",
-    "verify": "POST /lfs-verify",
     "commit": f"POST /api/models/{REPO}/commit/",
+}
+FAULTS = {
+    "503": Answer(503),
+    "429": Answer(429),
+    "cut": None,
+    "html": Answer(200, b"<!DOCTYPE html><html><body>Please sign in to the guest network</body></html>"),
+    "other JSON": Answer(200, {"fine": True}),
 }
 
 
-def published(hub, folder, repo=REPO, revision="main") -> bool:
+def published(hub, folder, ref="main") -> bool:
     """Whether a branch holds every file of the folder, the card included."""
-    files = hub.files(repo, revision)
+    files = hub.files(REPO, ref)
     here = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".py", ".safetensors")}
     return here.items() <= files.items() and b"trust_remote_code" in files.get("README.md", b"")
 
 
-def untouched(hub, repo=REPO) -> bool:
-    return repo not in hub.repositories or hub.files(repo).keys() == {".gitattributes"}
+def untouched(hub) -> bool:
+    return REPO not in hub.repositories or hub.files(REPO).keys() == {".gitattributes"}
 
 
 def finishes(hub, push, folder):
@@ -51,18 +48,15 @@ def finishes(hub, push, folder):
     assert len(hub.repositories[REPO].commits) == commits
 
 
-def break_step(hub, step, fault, **options):
-    """Let requests of a step fail: a status, a cut connection, or somebody else's answer."""
-    if fault == "cut":
-        return hub.cut(STEPS[step], **options)
-    status, body = {"html": (200, HTML), "other JSON": (200, {"fine": True})}.get(fault) or (int(fault), b"")
-    return hub.fail(STEPS[step], status, body, **options)
+def lost(answer):
+    """The request is served, and its answer is another one."""
+    return lambda serve: (serve(), answer)[1]
 
 
-@pytest.mark.parametrize("step", ["preupload", "batch", "upload", "verify"])
+@pytest.mark.parametrize("step", ["preupload", "batch", "upload"])
 @pytest.mark.parametrize("fault", ["503", "cut"])
 def test_an_upload_survives_one_error(hub, push, folder, step, fault):
-    break_step(hub, step, fault)
+    hub.on(STEPS[step], lambda serve: FAULTS[fault])
     outcome = push(folder, REPO)
     assert outcome.code == 0, outcome.text
     assert outcome.slept, "the fault was met, and waited for"
@@ -72,9 +66,9 @@ def test_an_upload_survives_one_error(hub, push, folder, step, fault):
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("fault", ["503", "429", "cut", "html"])
 def test_an_error_that_stays_ends_the_push_and_the_next_run_finishes(hub, push, folder, step, fault):
-    break_step(hub, step, fault, times=ALWAYS)
+    hub.on(STEPS[step], lambda serve: FAULTS[fault], times=ALWAYS)
     outcome = push(folder, REPO)
-    if not (fault == "html" and step in ("upload", "verify")):  # their answers are not read
+    if (fault, step) != ("html", "upload"):  # nobody reads that answer
         assert outcome.code == 1, outcome.text
         assert outcome.err.strip().splitlines()[-1].startswith("sam-split: error: ")
         assert "run the command again" in outcome.err
@@ -84,25 +78,26 @@ def test_an_error_that_stays_ends_the_push_and_the_next_run_finishes(hub, push, 
 
 @pytest.mark.parametrize("step", [step for step in STEPS if step != "commit"])
 def test_a_lost_answer_on_the_way(hub, push, folder, step):
-    hub.cut(STEPS[step], after=True)
+    hub.on(STEPS[step], lost(None))
     assert push(folder, REPO).code in (0, 1)
     finishes(hub, push, folder)
     assert len(hub.repositories[REPO].commits) == 2
 
 
+QUOTED = f"{TOKEN} and hf_{'A1' * 15} may read"
 REFUSALS = {
-    "401": (401, {}, "does not accept the token"),
-    "403": (403, {"X-Error-Message": f"{TOKEN} and hf_{'A1' * 15} may read"}, "<token> and <token> may read"),
-    "404": (404, {"X-Error-Code": "RepoNotFound"}, "not found"),
-    "gated": (403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "restricted"}, "gated"),
+    "does not accept the token": Answer(401),
+    "no permission for alice/sam": Answer(403),
+    "<token> and <token> may read": Answer(403, X_Error_Message=QUOTED),
+    "not found": Answer(404, X_Error_Code="RepoNotFound"),
+    "ask for it": Answer(403, X_Error_Code="GatedRepo", X_Error_Message="Access is restricted, ask for it"),
 }
 
 
-@pytest.mark.parametrize("step", ["list", "batch", "commit"])
-@pytest.mark.parametrize("refusal", REFUSALS)
-def test_a_refusal_is_explained_and_not_retried(hub, push, folder, step, refusal):
-    status, headers, words = REFUSALS[refusal]
-    hub.fail(STEPS[step], status, headers=headers, times=ALWAYS)
+@pytest.mark.parametrize("step", ["create", "list", "batch", "commit"])
+@pytest.mark.parametrize("words", REFUSALS)
+def test_a_refusal_is_explained_and_not_retried(hub, push, folder, step, words):
+    hub.on(STEPS[step], lambda serve: REFUSALS[words], times=ALWAYS)
     outcome = push(folder, REPO)
     assert outcome.code == 1
     assert words in outcome.err
@@ -110,38 +105,17 @@ def test_a_refusal_is_explained_and_not_retried(hub, push, folder, step, refusal
     assert untouched(hub)
 
 
-def test_a_token_that_the_hub_does_not_know(hub, push, folder):
-    hub.users.clear()
-    outcome = push(folder, REPO)
-    assert outcome.code == 1
-    assert "hf auth login" in outcome.err
-    assert not hub.repositories
-
-
-@pytest.mark.parametrize("exists", [True, False])
-def test_a_repository_of_somebody_else(hub, push, folder, exists):
-    if exists:
-        hub.create("bob/sam")
-    outcome = push(folder, "bob/sam")
-    assert outcome.code == 1
-    assert "no permission for bob/sam" in outcome.err
-    assert untouched(hub, "bob/sam")
-
-
 def test_the_repository_appears_between_looking_and_creating(hub, push, folder):
-    hub.hook(STEPS["create"], lambda: hub.create(REPO))
+    hub.on(STEPS["create"], lambda serve: (hub.create(REPO), serve())[1])
     assert push(folder, REPO).code == 0
-    assert 409 in [seen.status for seen in hub.requests if seen.path == "/api/repos/create"]
     assert published(hub, folder)
-
-
-# Somebody else pushes
 
 
 @pytest.mark.parametrize("moment", ["preupload", "upload", "commit"])
 def test_a_push_in_between_is_not_overwritten(hub, push, folder, moment):
     hub.create(REPO, {"config.json": b'{"model_type": "theirs"}', "theirs.txt": b"1"})
-    hub.hook(STEPS[moment], lambda: hub.commit(REPO, {"config.json": b"{}", "theirs.txt": b"2"}))
+    theirs = {"config.json": b"{}", "theirs.txt": b"2"}
+    hub.on(STEPS[moment], lambda serve: (hub.commit(REPO, theirs), serve())[1])
     outcome = push(folder, REPO)
     assert outcome.code == 1
     assert "Nothing was overwritten" in outcome.err
@@ -151,58 +125,38 @@ def test_a_push_in_between_is_not_overwritten(hub, push, folder, moment):
     assert hub.files(REPO)["theirs.txt"] == b"2"
 
 
-@pytest.mark.slow
-def test_three_pushes_race_and_one_wins(hub, folder, tmp_path):
-    barrier = threading.Barrier(3)
-    hub.hook(STEPS["preupload"], barrier.wait, times=3)
-    hub.create(REPO)
-    clients = []
-    try:
-        for number in range(3):
-            copy_with_config(folder, tmp_path / str(number), racer=number)
-            (tmp_path / f"home{number}").mkdir()
-            clients.append(Client(hub, tmp_path / f"home{number}"))
-        for number, client in enumerate(clients):
-            client.start("push", tmp_path / str(number), REPO)
-        outcomes = [client.finish() for client in clients]
-    finally:
-        for client in clients:
-            client.__exit__()
-    codes = [outcome.code for outcome in outcomes]
-    assert sorted(codes) == [0, 1, 1], [outcome.text for outcome in outcomes]
-    assert json.loads(hub.files(REPO)["config.json"])["racer"] == codes.index(0)
-    assert ["Nothing was overwritten" in outcome.err for outcome in outcomes] == [code == 1 for code in codes]
-    assert len(hub.repositories[REPO].commits) == 2
-
-
 # The commit landed, its answer did not
 
 
-@pytest.mark.parametrize("lost", ["cut", "500", "html", "other JSON"])
-def test_a_lost_answer_to_the_commit_is_found_out(hub, push, folder, lost):
-    break_step(hub, "commit", lost, after=True)
+@pytest.mark.parametrize("fault", ["503", "cut", "html", "other JSON"])
+def test_a_lost_answer_to_the_commit_is_found_out(hub, push, folder, fault):
+    hub.on(STEPS["commit"], lost(FAULTS[fault]))
     outcome = push(folder, REPO)
     assert outcome.code == 0, outcome.text
     assert "was lost, but the commit is there" in outcome.out
-    assert hub.repositories[REPO].branches["main"] in outcome.out
+    assert hub.head(REPO) in outcome.out
     finishes(hub, push, folder)
     assert len(hub.repositories[REPO].commits) == 2
 
 
 def test_a_lost_answer_to_a_pull_request_opens_no_second_one(hub, push, folder):
     hub.create(REPO)
-    hub.cut(STEPS["commit"], after=True)
+    hub.on(STEPS["commit"], lost(None))
     outcome = push(folder, REPO, "--create-pr")
     assert outcome.code == 0, outcome.text
-    assert len(hub.repositories[REPO].pull_requests) == 1
+    assert hub.repositories[REPO].pull_requests == ["refs/pr/1"]
     assert f"{hub.url}/{REPO}/discussions/1" in outcome.out
-    assert published(hub, folder, revision="refs/pr/1")
+    assert published(hub, folder, "refs/pr/1")
 
 
 def test_a_lost_answer_and_nobody_to_ask(hub, push, folder):
     hub.create(REPO)
-    hub.cut(STEPS["commit"], after=True)
-    hub.hook(STEPS["commit"], lambda: hub.fail(STEPS["read"], 503, times=ALWAYS))
+
+    def break_down(serve):
+        serve()
+        hub.on(STEPS["read"], lambda _: FAULTS["503"], times=ALWAYS)
+
+    hub.on(STEPS["commit"], break_down)
     outcome = push(folder, REPO)
     assert outcome.code == 1
     assert "run the command again" in outcome.err
@@ -210,28 +164,30 @@ def test_a_lost_answer_and_nobody_to_ask(hub, push, folder):
     finishes(hub, push, folder)
 
 
-def test_what_the_hub_stored_is_compared(hub, push, folder, monkeypatch):
-    def corrupted(tree, lines, applied=hub.applied):
-        stored = applied(tree, lines)
-        return {**stored, "config.json": StoredFile(stored["config.json"].data + b" ", lfs=False)}
+@pytest.mark.parametrize(
+    ("path", "stored"), [("config.json", StoredFile(b"{ }")), ("model.safetensors", StoredFile(b"", lfs=True))]
+)
+def test_what_the_hub_stored_is_compared(hub, push, folder, path, stored):
+    def corrupt(serve):
+        answer = serve()
+        hub.repositories[REPO].commits[hub.head(REPO)].files[path] = stored
+        return answer
 
-    monkeypatch.setattr(hub, "applied", corrupted)
+    hub.on(STEPS["commit"], corrupt)
     outcome = push(folder, REPO)
     assert outcome.code == 1
-    assert "these files differ: config.json" in outcome.err
+    assert f"these files differ: {path}" in outcome.err
 
 
 # What the Hub would make of it
 
 
 def test_a_card_that_the_hub_rejects(hub, push, folder):
-    hub.create(REPO, {"old.txt": b"1"})
-    (folder / "README.md").write_text("---\nlicense: whatever-i-like\n---\nMine.\n")
+    hub.on(STEPS["card"], lambda serve: Answer(400, {"errors": [{"message": '"license" must be one of'}]}))
     outcome = push(folder, REPO)
     assert outcome.code == 2
     assert '"license" must be one of' in outcome.err
-    assert not [seen for seen in hub.requests if "/lfs/" in seen.path or "/commit/" in seen.path]
-    (folder / "README.md").unlink()
+    assert untouched(hub)
     finishes(hub, push, folder)
 
 
