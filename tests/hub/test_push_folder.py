@@ -150,7 +150,7 @@ def test_a_malformed_repository_id(repo_id):
 
 @pytest.mark.parametrize(
     ("difference", "name"),
-    [("edited", "modeling_sam_split.py"), ("older", "training.py"), ("newer", "layers_sam_split.py")],
+    [("edited", "modeling_sam_split.py"), ("older", "__init__.py"), ("newer", "layers_sam_split.py")],
 )
 def test_other_code_than_the_packages_needs_consent_and_the_card_says_so(
     folder, staged, monkeypatch, difference, name
