@@ -93,10 +93,14 @@ def write_code_and_card(folder: Path, checkpoint: Checkpoint, **card) -> None:
 
 def write_processor(folder: Path, settings: dict | None, config) -> None:
     """preprocessor_config.json: the given settings or SAM's, under the names that AutoProcessor looks for."""
-    vision = config.vision_config
-    settings = settings or sized_processor(SAM_PROCESSOR, vision.image_size, vision.patch_size)
     named = {"image_processor_type": "SamImageProcessor", "processor_class": "SamProcessor"}
-    write_json(folder / "preprocessor_config.json", {**settings, **named})
+    write_json(folder / "preprocessor_config.json", {**processor_settings(settings, config), **named})
+
+
+def processor_settings(settings: dict | None, config) -> dict:
+    """An image processor's settings: those given, or SAM's for the model's input size."""
+    vision = config.vision_config
+    return settings or sized_processor(SAM_PROCESSOR, vision.image_size, vision.patch_size)
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -15,8 +15,7 @@ from PIL import Image
 from sam_split.images_sam_split import pixels_of
 
 from .errors import ConversionError
-from .folder import SAM_PROCESSOR, sized_processor
-from .segmentation import load_model, on_device
+from .loading import load_model, on_device, statistics_of
 
 # Written out, because an image without a mask says nothing about the type of its lists.
 MASKS = pa.schema(
@@ -44,7 +43,7 @@ class ImageRows:
     """
 
     def __init__(self, source, adapter=None, kind: str = "masks", *, skip_bad: bool = False, **options):
-        model, self.statistics, _ = load_model(source, adapter)
+        model, self.processor, _ = load_model(source, adapter)
         self.model = on_device(None, model)
         self.table = {"masks": self._masks, "embeddings": self._embeddings}[kind]
         self.skip_bad, self.options = skip_bad, options
@@ -75,7 +74,7 @@ class ImageRows:
             output_bboxes_mask=True,
             output_details=True,
             progress=False,
-            **{**self.statistics, **self.options},
+            **{**statistics_of(self.processor), **self.options},
         )
         columns = {
             "path": paths,
@@ -92,9 +91,8 @@ class ImageRows:
     def _embeddings(self, paths, images):
         from transformers import SamImageProcessor
 
-        vision = self.model.config.vision_config
-        settings = sized_processor({**SAM_PROCESSOR, **self.statistics}, vision.image_size, vision.patch_size)
-        pixels = [SamImageProcessor(**settings)(image, return_tensors="pt")["pixel_values"] for image in images]
+        processor = SamImageProcessor.from_dict(self.processor)
+        pixels = [processor(image, return_tensors="pt")["pixel_values"] for image in images]
         batches = torch.cat(pixels).to(self.model.device).split(self.options.get("batch_size", 1))
         embeddings = torch.cat([self.model.get_image_embeddings(batch) for batch in batches])  # (B, C, H, W)
         column = pa.FixedShapeTensorArray.from_numpy_ndarray(embeddings.cpu().contiguous().numpy())

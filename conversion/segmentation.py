@@ -7,7 +7,6 @@ A part is named after its image's name, size and time of change. An image whose 
 what is drawn from it is drawn when it is asked for. No result depends on where a run was stopped.
 """
 
-import hashlib
 import json
 import shutil
 import warnings
@@ -19,16 +18,13 @@ import torch
 
 from sam_split.images_sam_split import pixels_of
 
-from .adapters.merge import merged_state_dict
 from .atomic import check_out, replacing
-from .checkpoints import describe
 from .errors import ConversionError, ConversionWarning
-from .folder import config_fields, write_json
+from .folder import write_json
 from .image_files import Found, find_images
+from .loading import load_model, on_device, statistics_of
 from .mask_images import draw_labels, draw_masks, draw_overlay
-from .sources import fetch, open_checkpoint, read_json
-from .tensors import InMemory
-from .verification import split_model
+from .sources import read_json
 
 FORMATS = ("coco", "png", "labels")
 # How an option of `generate_masks` is called on the command line.
@@ -98,8 +94,8 @@ def segment(
     _check_pillow()
     out = _check_folder(out, source, adapter)
     root, found = find_images(images, out)
-    model, statistics, digest = load_model(source, adapter)
-    model = on_device(device, model)
+    model, processor, digest = load_model(source, adapter)
+    model, statistics = on_device(device, model), statistics_of(processor)
     names = {"images": str(root), "source": str(source), "adapter": adapter and str(adapter)}
     _begin(out, {**names, "weights": digest, **options})
     try:
@@ -167,34 +163,6 @@ def _check_pillow() -> None:
 
 
 # The model
-
-
-def load_model(source, adapter):
-    """The model in float32, the mean and deviation of its images, and a digest of all that results depend on."""
-    checkpoint = open_checkpoint(source)
-    config, tensors = describe(checkpoint)
-    if adapter is not None:
-        folder = fetch(adapter, None, ["adapter_config.json", "adapter_model.*"])
-        tensors = InMemory(merged_state_dict(config, tensors, folder))
-    processor = checkpoint.processor or {}
-    statistics = {name: tuple(processor[name]) for name in ("image_mean", "image_std") if name in processor}
-    fields = {name: value for name, value in config_fields(config, "split").items() if name.endswith("_config")}
-    digest = hashlib.sha256(json.dumps([fields, statistics], sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy())
-    model = split_model(config, tensors)
-    # Where a tensor lies in its file decides how it is aligned, and that the last bit of a product.
-    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
-    return model, statistics, digest.hexdigest()
-
-
-def on_device(device: str | None, model):
-    try:
-        return model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
-    except (RuntimeError, AssertionError) as error:
-        raise ConversionError(f"--device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def _segment(model, name: str, pixels: torch.Tensor, options: dict) -> dict:

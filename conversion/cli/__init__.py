@@ -17,7 +17,7 @@ def build_parser():
     """The parser with every subcommand; each sets `run`, a function of the parsed arguments."""
     from hub_card import push
 
-    from . import adapters, checkpoints, demo, finetune, segment
+    from . import adapters, checkpoints, demo, evaluate, finetune, segment
     from .parser import Parser
 
     parser = Parser(
@@ -31,6 +31,7 @@ def build_parser():
     adapters.add_parsers(subparsers)
     segment.add_parser(subparsers)
     finetune.add_parser(subparsers)
+    evaluate.add_parser(subparsers)
     push.add_parser(subparsers)
     demo.add_parser(subparsers)
     return parser

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from ..errors import CheckFailed, ConversionError
-from .parser import add_command, add_quiet
+from .parser import add_command, add_data_options, add_quiet
 
 FINETUNE = """\
 Train an adapter of BASE on images and the masks of their objects, and see how masks change.
@@ -65,10 +65,7 @@ def add_parser(subparsers) -> None:
     data = parser.add_argument_group("data")
     data.add_argument("--val", help="images to test on, in the form of DATA (default: a part of DATA)")
     data.add_argument("--holdout", type=_share, default=0.2, help="that part (%(default)s)")
-    data.add_argument("--split", default="train", help="of a Hugging Face dataset (%(default)s)")
-    data.add_argument("--image-column", default="image", help="of a Hugging Face dataset (%(default)s)")
-    data.add_argument("--mask-column", default="mask", help="of a Hugging Face dataset (%(default)s)")
-    data.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be used")
+    add_data_options(data)
     adapter = parser.add_argument_group("adapter")
     adapter.add_argument("--preset", nargs="+", choices=PRESETS, default=["encoder"], help="one or several (encoder)")
     adapter.add_argument("--rank", type=_at_least(1), default=16, help="of the change of each layer (%(default)s)")

@@ -50,3 +50,11 @@ def add_command(
 
 def add_quiet(parser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def add_data_options(group) -> None:
+    """How examples are found in DATA."""
+    group.add_argument("--split", default="train", help="of a Hugging Face dataset (%(default)s)")
+    group.add_argument("--image-column", default="image", help="of a Hugging Face dataset (%(default)s)")
+    group.add_argument("--mask-column", default="mask", help="of a Hugging Face dataset (%(default)s)")
+    group.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be used")
