@@ -71,7 +71,7 @@ def run(args) -> None:
 
     out = None if args.out is None else check_out(args.out, args.model, args.adapter, args.against)
     models = _models(args)
-    loaded = {name: _load(*sources, args.device) for name, sources in models.items()}
+    loaded = {name: _load(source, adapter, args.device) for name, (source, adapter) in models.items()}
     try:
         examples = find_examples(args.data, args.split, args.image_column, args.mask_column).usable(args.skip_bad)
     except ValueError as error:
