@@ -8,6 +8,7 @@ while the Hub is busy; any other error ends the push, and the next run does what
 import contextlib
 import dataclasses
 import json
+from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import (
@@ -16,9 +17,11 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils.sha import git_hash
 
 from .errors import TOKEN, PushFailed, PushRefused
-from .publishable import Staged, StagedFile
+from .publishable import Staged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +67,10 @@ class Branch:
             raise PushFailed(f"{self} was created but cannot be read; wait a moment and run the command again")
         return head
 
-    def differences(self, oid: str, staged: Staged) -> tuple[list[StagedFile], list[str]]:
+    def differences(self, oid: str, staged: Staged) -> tuple[list[CommitOperationAdd], list[str]]:
         """The staged files that a commit lacks or holds with other content, and the stale files that it holds."""
         remote = self._files(oid)
-        changed = [file for file in staged.files if remote.get(file.path) not in (file.sha256, file.blob_id)]
+        changed = [file for file in staged.files if not _holds(remote.get(file.path_in_repo), file)]
         return changed, sorted(path for path in remote if staged.is_stale(path))
 
     def refuse_unfit(self, oid: str, staged: Staged) -> None:
@@ -92,8 +95,7 @@ class Branch:
             PushRefused: the Hub rejects the card.
             PushFailed: somebody pushed in between, or the Hub did not accept the commit; the branch was not touched.
         """
-        operations = [CommitOperationAdd(file.path, file.location) for file in changes[0]]
-        operations += [CommitOperationDelete(path) for path in changes[1]]
+        operations = changes[0] + [CommitOperationDelete(path) for path in changes[1]]
         try:
             commit = self.api.create_commit(
                 self.repo_id,
@@ -118,7 +120,7 @@ class Branch:
             published = dataclasses.replace(landed, changed=True)
         wrong, left = self.differences(published.oid, staged)
         if wrong or left:
-            names = ", ".join([file.path for file in wrong] + left)
+            names = ", ".join([file.path_in_repo for file in wrong] + left)
             raise PushFailed(
                 f"{self.repo_id} at {published.oid} is not what was pushed; these files differ: {names}. "
                 "Run the command again"
@@ -128,12 +130,12 @@ class Branch:
     def find_open_request(self, staged: Staged) -> Published | None:
         """An open pull request that already brings exactly the staged files."""
         with self._step("listing pull requests"):
-            requests = list(self.api.get_repo_discussions(self.repo_id, discussion_type="pull_request"))
+            kind = {"discussion_type": "pull_request", "discussion_status": "open"}
+            requests = list(self.api.get_repo_discussions(self.repo_id, **kind))
         for request in requests:
-            if request.status == "open":
-                found = Branch(self.api, self.repo_id, request.git_reference)._holding(staged, request.url)
-                if found:
-                    return found
+            found = Branch(self.api, self.repo_id, request.git_reference)._holding(staged, request.url)
+            if found:
+                return found
         return None
 
     def _holding(self, staged: Staged, pr_url: str | None = None) -> Published | None:
@@ -143,12 +145,10 @@ class Branch:
             return None
         return Published(self.repo_id, head, f"{self.api.endpoint}/{self.repo_id}/commit/{head}", False, pr_url)
 
-    def _files(self, oid: str) -> dict[str, str]:
-        """Path -> sha256 of an LFS file, or the name git gives the blob of another, for every file at a commit."""
+    def _files(self, oid: str) -> dict[str, RepoFile]:
         with self._step("listing the files"):
             entries = self.api.list_repo_tree(self.repo_id, recursive=True, revision=oid)
-            files = [entry for entry in entries if hasattr(entry, "blob_id")]  # the rest are folders
-        return {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in files}
+            return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}  # the rest are folders
 
     @contextlib.contextmanager
     def _step(self, step: str):
@@ -166,20 +166,25 @@ class Branch:
             cause = cause.__cause__
         status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
         said = _one_line(cause)
-        if isinstance(cause, GatedRepoError):
-            return PushFailed(f"{self.repo_id} is gated and this account has no access; ask for it on its page")
-        if status == 401:
-            return PushFailed(
-                f"the Hub does not accept the token (401, {step}: {said}); run `hf auth login`, or set HF_TOKEN"
-            )
-        if status == 403:
-            return PushFailed(f"this account has no permission for {self.repo_id} (403, {step}: {said})")
-        if status == 404:
-            return PushFailed(f"{self} was not found, or this account cannot see it (404, {step})")
         if isinstance(error, json.JSONDecodeError):
             said = "the answer is not JSON (a proxy or a login page in between?)"
         answered = f" (the Hub answered {status})" if status else ""
-        return PushFailed(f"{step}{answered}: {said}; run the command again, it does what is left")
+        refusals: dict[int | None, str] = {
+            401: f"the Hub does not accept the token (401, {step}: {said}); run `hf auth login`, or set HF_TOKEN",
+            403: f"this account has no permission for {self.repo_id} (403, {step}: {said})",
+            404: f"{self} was not found, or this account cannot see it (404, {step})",
+        }
+        again = f"{step}{answered}: {said}; run the command again, it does what is left"
+        return PushFailed(refusals.get(status, again))
+
+
+def _holds(entry: RepoFile | None, file: CommitOperationAdd) -> bool:
+    """Whether that is this file's content: the Hub names an LFS file by its sha256, any other by git's hash."""
+    if entry is None:
+        return False
+    if entry.lfs:
+        return entry.lfs.sha256 == file.upload_info.sha256.hex()
+    return entry.blob_id == git_hash(Path(file.path_or_fileobj).read_bytes())
 
 
 def redact(text: str) -> str:

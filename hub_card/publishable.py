@@ -4,7 +4,6 @@ What is not listed here does not leave the machine: training states, `.env` file
 name.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -12,7 +11,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import CommitOperationAdd, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from tqdm import tqdm
 
@@ -37,23 +36,11 @@ CODE = re.compile(r"\w+_sam_split\.py")
 
 
 @dataclass(frozen=True)
-class StagedFile:
-    """One file as it will stand on the Hub. The Hub names an LFS file by `sha256`, any other by `blob_id`."""
-
-    path: str
-    location: Path
-    what: str
-    size: int
-    sha256: str
-    blob_id: str
-
-
-@dataclass(frozen=True)
 class Staged:
     """A folder made ready: `files` is everything that will be pushed, `left_out` what stays here."""
 
     folder: Path
-    files: list[StagedFile]
+    files: list[CommitOperationAdd]
     left_out: list[str]
     base: Base | None  # of an adapter
 
@@ -63,14 +50,15 @@ class Staged:
 
     def is_stale(self, path: str) -> bool:
         """Whether a file on the Hub is one that an earlier push of ours left and this one does not bring."""
-        if path in {file.path for file in self.files}:
+        if path in {file.path_in_repo for file in self.files}:
             return False
         if self.is_adapter:
             return path in ADAPTER_FILES
         return path in MODEL_FILES or bool(SHARD.fullmatch(path) or CODE.fullmatch(path))
 
 
-def _what(path: str) -> str:
+def what(path: str) -> str:
+    """What a file that is pushed is for."""
     known = {**MODEL_FILES, **ADAPTER_FILES, "README.md": "model card", "LICENSE": "licence"}
     return known.get(path, "code that trust_remote_code runs" if CODE.fullmatch(path) else "weights")
 
@@ -122,7 +110,7 @@ def stage(
     (target / "README.md").write_text(card, encoding="utf-8", newline="\n")
     names = sorted({*paths, "README.md"})
     _refuse_tokens(target, names)
-    files = [_hashed(target / name, name, _what(name)) for name in tqdm(names, desc="Hashing", unit="file")]
+    files = [CommitOperationAdd(name, target / name) for name in tqdm(names, desc="Hashing", unit="file")]
     left_out = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir() if entry.name not in names)
     return Staged(target, files, left_out, read_base(target) if is_adapter(folder) else None)
 
@@ -249,16 +237,6 @@ def _link_or_copy(source: Path, target: Path) -> None:
         os.link(source, target)  # weights are gigabytes
     except OSError:  # another file system
         shutil.copyfile(source, target)
-
-
-def _hashed(location: Path, path: str, what: str) -> StagedFile:
-    size = location.stat().st_size
-    sha256, blob = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size)  # the second is how git names a file
-    with location.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            sha256.update(chunk)
-            blob.update(chunk)
-    return StagedFile(path, location, what, size, sha256.hexdigest(), blob.hexdigest())
 
 
 def _rewrite_json(path: Path, content: dict) -> None:

@@ -19,7 +19,7 @@ from huggingface_hub import HfApi, constants, get_token
 
 from .errors import PushFailed, PushRefused
 from .hub import Branch, Published, redact
-from .publishable import Staged, check_repo_id, stage
+from .publishable import Staged, check_repo_id, stage, what
 from .sections import Base, read_base
 from .weight_files import is_adapter
 
@@ -157,7 +157,7 @@ def push(
         else:
             print(f"{'Dry run: a push would, in' if dry_run else 'In'} one commit on top of {head}:")
             for file in changes[0]:
-                print(f"  write  {file.path}")
+                print(f"  write  {file.path_in_repo}")
             for path in changes[1]:
                 print(f"  delete {path}")
             if dry_run:
@@ -209,10 +209,11 @@ def _pinned(api: HfApi, base: Base) -> Base:
 
 
 def _print_table(staged: Staged, target: Branch) -> None:
-    width = max(len(file.path) for file in staged.files)
+    width = max(len(file.path_in_repo) for file in staged.files)
     print(f"For {target}:")
     for file in staged.files:
-        print(f"  {file.path:<{width}}  {file.size:>13,} bytes  {file.what}")
+        size = f"{file.upload_info.size:>13,} bytes"
+        print(f"  {file.path_in_repo:<{width}}  {size}  {what(file.path_in_repo)}")
     if staged.left_out:
         print(f"Left out: {', '.join(staged.left_out)}")
 

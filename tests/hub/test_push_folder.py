@@ -23,7 +23,7 @@ def card_of(staged) -> str:
 
 
 def paths(staged):
-    return {file.path for file in staged.files}
+    return {file.path_in_repo for file in staged.files}
 
 
 def test_exactly_what_belongs(folder, staged):
@@ -192,8 +192,8 @@ def test_a_card_without_or_with_little_metadata(folder, staged, text):
     assert card.data.pipeline_tag == "mask-generation"
     assert card.data.license == ("mit" if "mit" in text else None), "a licence is not ours to choose"
     assert card.text.lstrip().startswith("# My nuclei")
-    first = {file.path: file.sha256 for file in got.files}
-    assert {file.path: file.sha256 for file in staged(folder).files} == first
+    first = {file.path_in_repo: file.upload_info.sha256 for file in got.files}
+    assert {file.path_in_repo: file.upload_info.sha256 for file in staged(folder).files} == first
 
 
 def test_a_card_that_names_several_bases(folder, staged):
