@@ -1,11 +1,10 @@
 """`sam-split evaluate`: how good a model's masks are on a person's images, and where it fails."""
 
-import importlib.util
 import sys
 from pathlib import Path
 
 from ..errors import ConversionError
-from .parser import add_command, add_data_options, add_quiet
+from .parser import add_command, add_data_options, add_quiet, check_installed
 
 EVALUATE = """\
 Measure the masks of MODEL on DATA, images and the masks of their objects that people made.
@@ -28,7 +27,6 @@ With --adapter the base is measured as well, or what --against names: another mo
   index.html     the worst images with their masks, and each image's gain; open it in a browser
   results.json   all numbers, those of each image as well; results.md has the table
 """
-NEEDS = ("matplotlib", "PIL", "pycocotools", "scipy", "torchvision")
 
 
 def add_parser(subparsers) -> None:
@@ -61,9 +59,7 @@ def add_parser(subparsers) -> None:
 
 
 def run(args) -> None:
-    for name in NEEDS:
-        if importlib.util.find_spec(name) is None:
-            raise ConversionError(f'evaluate needs {name}, which is not installed: pip install "sam-split[train]"')
+    check_installed("evaluate", "matplotlib", "PIL", "pycocotools", "scipy", "torchvision")
 
     from sam_split.training import evaluation_table, find_examples
 
@@ -146,6 +142,7 @@ def _evaluate(model, processor, examples, args):
 
 def _write(out, args, examples, models, evaluations, table) -> None:
     from sam_split.training import overlay_page
+    from sam_split.training.report import versions
 
     from ..atomic import new_folder
     from ..folder import write_json
@@ -153,6 +150,8 @@ def _write(out, args, examples, models, evaluations, table) -> None:
     title = f"{list(evaluations)[-1]} on {args.data}"
     content = {
         "options": {name: value for name, value in vars(args).items() if name not in ("run", "quiet")},
+        "versions": versions(),
+        "data": {"source": args.data, "images": len(examples), "digest": examples.digest()},
         "models": models,
         "evaluations": {name: evaluation.as_dict() for name, evaluation in evaluations.items()},
     }

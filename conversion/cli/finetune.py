@@ -1,7 +1,6 @@
 """`sam-split finetune`: an adapter from images and masks."""
 
 import argparse
-import importlib.util
 import json
 import math
 import os
@@ -11,7 +10,7 @@ import sys
 from pathlib import Path
 
 from ..errors import CheckFailed, ConversionError
-from .parser import add_command, add_data_options, add_quiet
+from .parser import add_command, add_data_options, add_quiet, check_installed
 
 FINETUNE = """\
 Train an adapter of BASE on images and the masks of their objects, and see how masks change.
@@ -153,7 +152,7 @@ def run(args) -> int | None:
 
 
 def _run_one(args):
-    _check_installed()
+    check_installed("finetune", "accelerate", "matplotlib", "PIL", "pycocotools", "scipy", "torchvision")
     from sam_split.training.finetuning import finetune
     from sam_split.training.trainer import TrainingDiverged
 
@@ -163,13 +162,6 @@ def _run_one(args):
         raise CheckFailed(str(error)) from error
     except ValueError as error:
         raise ConversionError(str(error)) from error
-
-
-def _check_installed():
-    """Raise before the training, and not after it, if what it needs is missing."""
-    for name in ("accelerate", "matplotlib", "PIL", "pycocotools", "scipy", "torchvision"):
-        if importlib.util.find_spec(name) is None:
-            raise ConversionError(f'finetune needs {name}, which is not installed: pip install "sam-split[train]"')
 
 
 def _settings(args, preset):

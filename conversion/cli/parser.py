@@ -1,7 +1,10 @@
 """How every subcommand is made, and how it says what is wrong with its arguments."""
 
 import argparse
+import importlib.util
 from collections.abc import Callable, Mapping
+
+from ..errors import ConversionError
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,3 +61,10 @@ def add_data_options(group) -> None:
     group.add_argument("--image-column", default="image", help="of a Hugging Face dataset (%(default)s)")
     group.add_argument("--mask-column", default="mask", help="of a Hugging Face dataset (%(default)s)")
     group.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be used")
+
+
+def check_installed(command: str, *packages: str) -> None:
+    """Raise before hours of work, and not after them, if a package of the extra `train` is missing."""
+    for name in packages:
+        if importlib.util.find_spec(name) is None:
+            raise ConversionError(f'{command} needs {name}, which is not installed: pip install "sam-split[train]"')

@@ -122,7 +122,7 @@ def _check_masks(masks, name, height, width):
             f"masks of example {name!r} must be (P, height, width) like its image, (P, {height}, {width}), got "
             f"{masks.shape}{cure if masks.ndim == 2 else ''}"
         )
-    unknown = masks[~np.isin(masks, list(LABELS))]
+    unknown = masks[np.logical_and.reduce([masks != label for label in LABELS])]  # np.isin is slower
     if unknown.size:
         cure = "; pass masks > 0" if unknown[0] == 255 else ""
         raise ValueError(

@@ -33,15 +33,20 @@ def about(base, data, out, settings, examples):
         "command": settings.command_line(base, data, out),
         "preset": settings.preset,
         "seed": settings.seed,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,  # with the build, such as +cu126
-            **{name: _version(name) for name in PACKAGES},
-        },
+        "versions": versions(),
         "data": {
             kind: {"source": str(source), "images": len(part), "digest": part.digest()}
             for kind, source, part in zip(("train", "test"), sources, examples, strict=True)
         },
+    }
+
+
+def versions():
+    """Name -> version of what results depend on."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,  # with the build, such as +cu126
+        **{name: _version(name) for name in PACKAGES},
     }
 
 

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from models import stock_model
 from peft import PeftModel
 from PIL import Image
@@ -80,7 +81,10 @@ def test_an_adapter_is_measured_beside_its_base(here, run, tmp_path):
     assert before.means["iou_box"] != after.means["iou_box"]
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert found["evaluations"] == {"tiny": before.as_dict(), "mine/adapter": after.as_dict()}
-    assert found["options"]["data"] == "coins"
+    assert found["options"]["adapter"] == "mine/adapter"
+    assert found["versions"]["torch"] == torch.__version__
+    digest = find_examples(here / "coins").usable().digest()
+    assert found["data"] == {"source": "coins", "images": 2, "digest": digest}
     sources = {name: (model["model"], model["adapter"]) for name, model in found["models"].items()}
     assert sources == {"tiny": ("tiny", None), "mine/adapter": ("tiny", "mine/adapter")}
     assert len({model["weights"] for model in found["models"].values()}) == 2
