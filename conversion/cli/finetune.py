@@ -157,14 +157,14 @@ def _run_one(args):
     from sam_split.training.trainer import TrainingDiverged
 
     try:
-        finetune(args.base, args.data, args.out, _settings(args, args.preset[0]))
+        finetune(args.base, args.data, args.out, settings_of(args, args.preset[0]))
     except TrainingDiverged as error:
         raise CheckFailed(str(error)) from error
     except ValueError as error:
         raise ConversionError(str(error)) from error
 
 
-def _settings(args, preset):
+def settings_of(args, preset):
     from sam_split.training.settings import Settings
 
     given = {name: value for name, value in vars(args).items() if name not in ("run", "base", "data", "out")}
@@ -182,7 +182,7 @@ def _run_each(args):
     runs = []
     for preset in args.preset:
         out = Path(args.out) / preset
-        command = _settings(args, preset).command(args.base, args.data, out)
+        command = settings_of(args, preset).command(args.base, args.data, out)
         if code := subprocess.run([sys.executable, "-m", "conversion", *command[1:]]).returncode:
             return code  # it has said why
         runs.append(json.loads((out / "results.json").read_text(encoding="utf-8")))

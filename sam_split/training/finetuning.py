@@ -29,7 +29,7 @@ from .data import find_examples
 from .evaluation import evaluate
 from .prefix import CachedImages, drop_prefix
 from .presets import frozen_layers, lora_config
-from .report import about, write_adapter, write_results
+from .report import about, replacing_folder, write_results
 from .settings import Settings
 from .trainer import PromptTrainer, SaveEvery
 
@@ -55,13 +55,12 @@ def finetune(base, data, out, settings=None):
     _check_base(base, settings.revision)
     _check_trackers(settings.report_to)
     processor = AutoProcessor.from_pretrained(base, revision=settings.revision)
-    examples = _examples(data, settings)
+    examples = read_examples(data, settings)
     model = AutoModel.from_pretrained(base, revision=settings.revision)
     frozen = frozen_layers(settings.preset, model, settings.late_layers)
     config = lora_config(settings.preset, model, settings.rank, settings.late_layers)
-    (enable_full_determinism if settings.deterministic else set_seed)(settings.seed)
     out.mkdir(parents=True, exist_ok=True)
-    arguments = _training_arguments(out, settings)
+    arguments = training_arguments(out, settings)
     datasets, collate = examples, SamSplitCollator(processor)
     if frozen:
         model.to(arguments.device).eval()
@@ -70,6 +69,27 @@ def finetune(base, data, out, settings=None):
             datasets = [CachedImages(part, collate, model, frozen, folder) for part in examples]
         drop_prefix(model, frozen)
         collate = CachedImages.collate
+    costs = train(model, config, datasets, collate, arguments, settings, out / "adapter")
+    if costs is None:
+        return None
+    del model
+    results = {**about(base, data, out, settings, examples), **costs}
+    return measure(base, processor, examples[1], out, results, settings)
+
+
+def train(model, config, datasets, collate, arguments, settings, adapter):
+    """Train an adapter of a model and write it to the folder `adapter`.
+
+    Args:
+        model: whose images are those of `datasets`: whole, or without its frozen first layers.
+        config: PEFT's.
+        datasets: to train on and to test on after each epoch.
+        collate: makes a batch of their examples.
+        arguments: from `training_arguments`.
+
+    Returns:
+        What it took, in the main process; None in the others, which are done.
+    """
     set_seed(settings.seed)  # the adapter's own start
     model = get_peft_model(model, config)
     trainer = PromptTrainer(
@@ -81,28 +101,33 @@ def finetune(base, data, out, settings=None):
         callbacks=_callbacks(settings),
         prompts={name: getattr(settings, name) for name in ("prompts", "corrections", "background", "objects")},
     )
-    start, checkpoint = time.perf_counter(), last_checkpoint(out / "checkpoints") if settings.resume else None
+    start, checkpoint = time.perf_counter(), last_checkpoint(arguments.output_dir) if settings.resume else None
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     steps = trainer.state.global_step - (int(checkpoint.name.split("-")[1]) if checkpoint else 0)
     if not trainer.is_world_process_zero():
         return None
-    results = {
-        **about(base, data, out, settings, examples),
+    with replacing_folder(adapter) as partial:
+        model.save_pretrained(partial)
+    return {
         "processes": arguments.world_size,
         "steps": trainer.state.global_step,
         "seconds_per_step": round((time.perf_counter() - start) / max(1, steps), 3),
         "peak_gib": round(_peak_bytes(arguments.device) / 2**30, 2),
         "trainable": model.get_nb_trainable_parameters()[0],
     }
-    write_adapter(model, out / "adapter")
-    del trainer, model
-    whole = AutoModel.from_pretrained(base, revision=settings.revision)
-    whole = PeftModel.from_pretrained(whole, out / "adapter").to(arguments.device)
+
+
+def measure(base, processor, examples, out, results, settings):
+    """Evaluate base and adapter on examples, and complete `out` and the results."""
+    model = AutoModel.from_pretrained(base, revision=settings.revision)
+    model = PeftModel.from_pretrained(model, out / "adapter")
+    if torch.accelerator.is_available():
+        model = model.to(torch.accelerator.current_accelerator())
     options = {"everything": settings.everything, "progress": not settings.quiet}
-    with whole.disable_adapter():
-        before = evaluate(whole, processor, examples[1], **options)
-    after = evaluate(whole, processor, examples[1], **options)
-    return write_results(out, results, examples[1], {"before": before, "after": after})
+    with model.disable_adapter():
+        before = evaluate(model, processor, examples, **options)
+    after = evaluate(model, processor, examples, **options)
+    return write_results(out, results, examples, {"before": before, "after": after})
 
 
 def _check_out(out, resume):
@@ -136,7 +161,7 @@ def _check_trackers(names):
             raise ValueError(f"--report-to {name}: {error}") from error
 
 
-def _examples(data, settings):
+def read_examples(data, settings):
     """Those to train on and those to test on."""
     columns = settings.split, settings.image_column, settings.mask_column
     found = find_examples(data, *columns).usable(settings.skip_bad)
@@ -145,7 +170,10 @@ def _examples(data, settings):
     return found, find_examples(settings.val, *columns).usable(settings.skip_bad)
 
 
-def _training_arguments(out, settings):
+def training_arguments(out, settings):
+    """transformers' arguments of a run. Where asked for, torch is deterministic from here on."""
+    if settings.deterministic:
+        enable_full_determinism(settings.seed)
     return TrainingArguments(
         output_dir=str(out / "checkpoints"),
         num_train_epochs=settings.epochs,
@@ -195,7 +223,7 @@ def last_checkpoint(folder):
         except (OSError, ValueError):
             return None
 
-    found = [path for path in folder.glob("checkpoint-*") if whole(path)]
+    found = [path for path in Path(folder).glob("checkpoint-*") if whole(path)]
     return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 

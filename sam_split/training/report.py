@@ -57,11 +57,6 @@ def _version(package):
         return "a checkout, not installed"
 
 
-def write_adapter(model, folder):
-    with _replacing(folder) as partial:
-        model.save_pretrained(partial)
-
-
 def write_results(out, results, examples, evaluations):
     """Complete the results with name -> evaluation of `examples`, and write card, overlays and `results.json`.
 
@@ -74,7 +69,7 @@ def write_results(out, results, examples, evaluations):
     card = ModelCard.load(out / "adapter" / "README.md")
     card.text = CARD.format(table=table, **results, **_flat(results))
     card.save(out / "adapter" / "README.md")
-    with _replacing(out / "overlays") as folder:
+    with replacing_folder(out / "overlays") as folder:
         overlay_page(folder, examples, evaluations, title=f"{results['preset']}: before and after")
     partial = out / "results.json.partial"
     partial.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
@@ -124,7 +119,7 @@ def presets_table(runs):
 
 
 @contextlib.contextmanager
-def _replacing(folder):
+def replacing_folder(folder):
     """A folder to fill, which takes the place of `folder` when all is well."""
     partial = Path(f"{folder}.partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -196,6 +196,18 @@ def test_readme_section(tmp_path, monkeypatch):
     assert set(quoted) <= set(measured)
 
 
+@pytest.mark.parametrize(("name", "longest"), [("own_loop.py", 60), ("trainer.py", 40)])
+def test_loops_by_hand(base, coins, tmp_path, name, longest):
+    """Both short scripts learn, and their adapters load."""
+    assert len((EXAMPLES / name).read_text(encoding="utf-8").splitlines()) <= longest
+    torch.manual_seed(0)
+    script(name).main(base, coins / "test", tmp_path, epochs=1)
+    model = PeftModel.from_pretrained(AutoModel.from_pretrained(base), tmp_path)
+    moved = [tensor.abs().max() > 0 for key, tensor in model.state_dict().items() if ".attn.q.lora_B" in key]
+    assert len(moved) == 4
+    assert all(moved)
+
+
 def test_options_together(base, coins, tmp_path):
     """Low precision, checkpointing and clicks run, and what gains nothing stops early: a rate of 0."""
     options = ["--lr", "0", "--epochs", "3", "--patience", "1", "--bf16", "--checkpointing", "--corrections", "1"]
@@ -208,10 +220,14 @@ def test_options_together(base, coins, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_processes(base, coins, tmp_path, launcher):
-    """Eight images are one epoch of two steps: two processes with two images each. One alone would see half."""
+    """Eight images are one epoch of two steps: two processes with two images each. One alone would see half.
+
+    They take the steps of one process that accumulates two batches, with the same prompts: boxes and clicks.
+    """
     program, _, options = launcher.partition(" --")
     port = "--main_process_port 0" if "accelerate" in launcher else "--standalone"  # any port that is free
-    command = [*f"{program} {port} --{options}".split(), base, coins / "test", tmp_path, *QUICK, "--steps", "2"]
+    options = f"{program} {port} --{options}".split()
+    command = [*options, base, coins / "test", tmp_path / "two", *QUICK, "--epochs", "1"]
     binaries = str(Path(sys.executable).parent)
     path = {"PATH": os.pathsep.join([binaries, os.environ["PATH"]]), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -221,7 +237,11 @@ def test_two_processes(base, coins, tmp_path, launcher):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    state = json.loads((tmp_path / "checkpoints" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert json.loads((tmp_path / "two" / "results.json").read_text())["processes"] == 2
+    state = json.loads((tmp_path / "two" / "checkpoints" / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["epoch"] == 1
-    adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    assert all(tensor.abs().max() > 0 for tensor in adapter.values())
+    assert run(base, coins / "test", tmp_path / "one", "--epochs", "1", "--accumulate", "2") == 0
+    one, two = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
+    assert all(tensor.abs().max() > 0 for tensor in one.values())
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-5)

@@ -26,12 +26,12 @@ def parse(*words):
 def test_defaults_are_the_librarys():
     """Every option is there, with the same default: `Settings` has the same names in the same groups."""
     args = parse()
-    assert finetune._settings(args, *args.preset) == Settings()
+    assert finetune.settings_of(args, *args.preset) == Settings()
     assert finetune.PRESETS == tuple(PRESETS)
     assert all(parse("--prompts", kind) for kind in FIRST_PROMPTS)
 
 
-def test_command_line_parses_to_its_settings():
+def test_command_line_parses_to_itssettings_of():
     """One value of each option that is not its default."""
     options = {
         "val": "test images", "holdout": 0.5, "split": "test", "image_column": "photo", "mask_column": "truth",
@@ -48,7 +48,7 @@ def test_command_line_parses_to_its_settings():
     words = settings.command("base", "data", "out")
     assert words[:5] == ["sam-split", "finetune", "base", "data", "out"]
     args = parse(*words[5:])
-    assert finetune._settings(args, *args.preset) == settings
+    assert finetune.settings_of(args, *args.preset) == settings
     assert shlex.split(settings.command_line("base", "data", "out")) == words
 
 
