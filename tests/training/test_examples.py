@@ -78,9 +78,10 @@ def test_tiny_sam_segments_unseen_shapes(base):
     assert iou_and_dice(filled, labels)[0].mean() < 0.75
 
 
-def test_adapter_learns_coins(base, coins, tmp_path):
+def test_adapter_learns_coins(base, coins, tmp_path, capsys):
     """Held-out coins gain, the base keeps its bits, every tensor of the adapter moves, and the files are there."""
     assert run(base, coins / "train", tmp_path, "--val", str(coins / "test"), "--steps", "30") == 0
+    assert re.search(r"30/30 \[.*<.*, loss=0\.\d+, IoU=0\.\d+\]", capsys.readouterr().err), "steps, time left, IoU"
     results = json.loads((tmp_path / "results.json").read_text())
     for kind in ("box", "1_click", "3_clicks"):
         assert results["after"]["means"][f"iou_{kind}"] > results["before"]["means"][f"iou_{kind}"] + 0.01, kind

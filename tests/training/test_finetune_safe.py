@@ -203,6 +203,25 @@ def test_cut_checkpoint_is_not_taken(base, data, whole, tmp_path, monkeypatch):
     assert adapter_hash(tmp_path) == adapter_hash(whole)
 
 
+def test_nothing_is_encoded_twice(base, data, tmp_path, monkeypatch):
+    """Once in a step, with corrections; once in an evaluation, for all prompts; not at all where it is frozen."""
+    encoded = []
+
+    def forward(self, *args, **options):
+        encoded.append(len(self.layers) if hasattr(self.layers[0], "attn") else 0)
+        return encode(self, *args, **options)
+
+    encode = modeling.SamSplitVisionEncoder.forward
+    monkeypatch.setattr(modeling.SamSplitVisionEncoder, "forward", forward)
+    options = "--epochs", "1", "--corrections", "3"
+    assert run(base, data, tmp_path / "encoder", *options) == 0
+    # Four steps, one batch of two images held out, and at the end each of these before and after.
+    assert encoded == [4] * (4 + 1 + 2 * 2)
+    encoded.clear()
+    assert run(base, data, tmp_path / "decoder", *options, "--preset", "decoder") == 0
+    assert encoded == [0] * (4 + 1) + [4] * (2 * 2)
+
+
 def test_trackers_of_transformers(base, data, tmp_path, monkeypatch):
     logged = []
 
