@@ -1,4 +1,4 @@
-"""Crops of a photograph and masks of its coins, as a folder that `sam-split finetune` takes.
+"""Crops of a photograph of coins and their masks, as folders that `sam-split finetune` takes.
 
     python examples/coins.py OUT
 
@@ -17,7 +17,7 @@ from scipy import ndimage
 from skimage import data, filters, measure, segmentation
 
 SIDE = 128  # of a crop, in pixels
-BORDER = 230  # column of the photograph where testing begins
+BORDER = 230  # column of the image where testing begins
 
 
 def coin_masks(image):
@@ -32,24 +32,34 @@ def coin_masks(image):
     return found * np.isin(found, [region.label for region in measure.regionprops(found) if region.area >= 300])
 
 
+def save_crops(image, objects, out, smallest, **columns):
+    """Five rows of crops as `out`/PART/images and masks, without objects of fewer than `smallest` pixels.
+
+    Args:
+        image: (height, width), uint8.
+        objects: (height, width), 0 for background, another number for each object.
+        columns: PART -> the left edges of its crops.
+    """
+    for part, lefts in columns.items():
+        for kind in ("images", "masks"):
+            (out / part / kind).mkdir(parents=True)
+        for y in np.linspace(0, image.shape[0] - SIDE, 5).astype(int):
+            for x in lefts:
+                crop = np.s_[y : y + SIDE, x : x + SIDE]
+                values, areas = np.unique(objects[crop], return_counts=True)
+                large = values[(values > 0) & (areas >= smallest)]
+                mask = sum(np.uint8(number) * (objects[crop] == value) for number, value in enumerate(large, start=1))
+                Image.fromarray(image[crop]).save(out / part / "images" / f"{y:03d}-{x:03d}.png")
+                Image.fromarray(mask).save(out / part / "masks" / f"{y:03d}-{x:03d}.png")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("out", type=Path)
-    out = parser.parse_args().out
     image = data.coins()
-    coins = coin_masks(image)
-    rows = np.linspace(0, image.shape[0] - SIDE, 5).astype(int)
-    for part, first, last, number in (("train", 0, BORDER, 4), ("test", BORDER, image.shape[1], 2)):
-        for kind in ("images", "masks"):
-            (out / part / kind).mkdir(parents=True)
-        for y in rows:
-            for x in np.linspace(first, last - SIDE, number).astype(int):
-                crop = np.s_[y : y + SIDE, x : x + SIDE]
-                mask = coins[crop]
-                large = [value for value in np.unique(mask) if value and (mask == value).sum() >= 200]
-                mask = sum(np.uint8(number) * (mask == value) for number, value in enumerate(large, start=1))
-                Image.fromarray(image[crop]).save(out / part / "images" / f"{y:03d}-{x:03d}.png")
-                Image.fromarray(mask).save(out / part / "masks" / f"{y:03d}-{x:03d}.png")
+    train = np.linspace(0, BORDER - SIDE, 4).astype(int)
+    test = np.linspace(BORDER, image.shape[1] - SIDE, 2).astype(int)
+    save_crops(image, coin_masks(image), parser.parse_args().out, 200, train=train, test=test)
 
 
 if __name__ == "__main__":
