@@ -290,17 +290,16 @@ def _encode(model, crops, options):
     """The image embeddings (B, C, H, W) of crops, resized on bytes as transformers' processor does."""
     mean, std = (torch.tensor(values)[:, None, None] * 255 for values in (options.image_mean, options.image_std))
     rows, columns = _input_size(model.config)
-    inputs = []
-    for crop in crops:
+    pixel_values = torch.zeros(len(crops), 3, rows, columns)  # (B, 3, rows, columns), and no second copy of it
+    for image, crop in zip(pixel_values, crops, strict=True):
         resized = crop.pixels
         if resized.shape[1:] != crop.resized:
             # A contiguous (1, 3, height, width): other strides are resized by other arithmetic.
             resized = resized[None].contiguous()
             resized = F.interpolate(resized, crop.resized, mode="bilinear", align_corners=False, antialias=True)[0]
-        normal = resized.float().sub(mean).div(std)
-        inputs.append(F.pad(normal, (0, columns - normal.shape[2], 0, rows - normal.shape[1])))
+        image[:, : resized.shape[1], : resized.shape[2]] = resized.float().sub(mean).div(std)
     with inference(model):
-        return model.get_image_embeddings(torch.stack(inputs).to(model.device))
+        return model.get_image_embeddings(pixel_values.to(model.device))
 
 
 @dataclass
