@@ -41,7 +41,7 @@ from .run_lengths_sam_split import (
     without_small_regions,
 )
 
-DECODED_BYTES = 2**26  # of masks that the decoder returns at once
+DECODED_BYTES = 2**25  # of masks that the decoder returns at once
 
 
 @dataclass
@@ -331,6 +331,7 @@ def _decode(model, crop, embedding, options, bar):
             prompts = (points * ratio).to(device)[None, :, None]  # (1, P, 1, 2)
             output = model(input_points=prompts, image_embeddings=embedding, multimask_output=True)
             masks, scores = output.pred_masks[0], output.iou_scores[0]  # (P, M, 4 * H, 4 * W), (P, M)
+            del output  # and the masks below, before the next are decoded
             per_point = scores.shape[1]
             masks, scores = masks.flatten(0, 1), scores.flatten().float()
             if options.pred_iou_thresh > 0:
@@ -340,6 +341,7 @@ def _decode(model, crop, embedding, options, bar):
                 kept = torch.arange(len(scores))
             limits = options.mask_threshold, options.stability_score_offset
             edges, stability = run_edges(masks, down, across, (crop.left, crop.top), crop.full_size[0], *limits)
+            del masks
         places = (points + corner)[kept.cpu() // per_point]
         for mask, score, stable, place in zip(edges, scores.tolist(), stability, places.tolist(), strict=True):
             if options.stability_score_thresh > 0 and not stable > options.stability_score_thresh:
