@@ -56,7 +56,10 @@ def _open(path, timeout):
     except ImportError:
         return load_image(path, timeout=timeout)  # says what is missing
     if not os.path.isfile(path):
-        return load_image(path, timeout=timeout)
+        try:
+            return load_image(path, timeout=timeout)
+        except Exception as error:  # of the connection, of its library, or PIL's
+            raise ValueError(f"no image can be read from {path[:200]}: {error}") from error
     with Image.open(path) as image:
         _check_size(image.height, image.width)
         image.load()

@@ -1,7 +1,9 @@
 """Mask generation takes every kind of image and option, and refuses in one line what would mean something else."""
 
+import http.server
 import io
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -51,6 +53,34 @@ def assert_identical(found, expected):
 def test_images_of_every_kind_in_colour(image):
     expected = torch.from_numpy(ARRAY).permute(2, 0, 1)
     assert torch.equal(pixels_of(image if not isinstance(image, np.ndarray) else image.copy()), expected)
+
+
+@pytest.fixture
+def address(tmp_path):
+    """Of a web server that has coffee.png, and page.png, which is none."""
+    COFFEE.save(tmp_path / "coffee.png")
+    (tmp_path / "page.png").write_text("<html>")
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=tmp_path)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_image_from_the_web(address):
+    assert torch.equal(pixels_of(f"{address}/coffee.png"), torch.from_numpy(ARRAY).permute(2, 0, 1))
+
+
+def test_what_is_no_image_on_the_web(address):
+    with pytest.raises(ValueError, match=f"no image can be read from {address}/page.png: "):
+        pixels_of(f"{address}/page.png")
 
 
 @pytest.mark.parametrize(
