@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import tempfile
+from pathlib import Path
 
 import torch
 
@@ -40,6 +42,15 @@ def load_model(source, adapter=None):
     # Where a tensor lies in its file decides how it is aligned, and that the last bit of a product.
     model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
     return model, processor, digest.hexdigest()
+
+
+def image_processor(settings: dict):
+    """The image processor that `AutoProcessor` makes of the settings: which class that is depends on transformers."""
+    from transformers import AutoImageProcessor
+
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "preprocessor_config.json").write_text(json.dumps(settings), encoding="utf-8")
+        return AutoImageProcessor.from_pretrained(folder)
 
 
 def on_device(device: str | None, model):

@@ -15,7 +15,7 @@ from PIL import Image
 from sam_split.images_sam_split import pixels_of
 
 from .errors import ConversionError
-from .loading import load_model, on_device, statistics_of
+from .loading import image_processor, load_model, on_device, statistics_of
 
 # Written out, because an image without a mask says nothing about the type of its lists.
 MASKS = pa.schema(
@@ -89,9 +89,7 @@ class ImageRows:
 
     @torch.no_grad()
     def _embeddings(self, paths, images):
-        from transformers import SamImageProcessor
-
-        processor = SamImageProcessor.from_dict(self.processor)
+        processor = image_processor(self.processor)
         pixels = [processor(image, return_tensors="pt")["pixel_values"] for image in images]
         batches = torch.cat(pixels).to(self.model.device).split(self.options.get("batch_size", 1))
         embeddings = torch.cat([self.model.get_image_embeddings(batch) for batch in batches])  # (B, C, H, W)

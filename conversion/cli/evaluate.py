@@ -117,12 +117,10 @@ def _short(name: str) -> str:
 
 def _load(source, adapter, device):
     """The model, its image processor, and a digest of both."""
-    from transformers import SamImageProcessor
-
-    from ..loading import load_model, on_device
+    from ..loading import image_processor, load_model, on_device
 
     model, settings, digest = load_model(source, adapter)
-    return on_device(device, model), SamImageProcessor.from_dict(settings), digest
+    return on_device(device, model), image_processor(settings), digest
 
 
 def _evaluate(model, processor, examples, args):
