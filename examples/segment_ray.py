@@ -18,8 +18,8 @@ import ray
 from pyarrow.fs import FileSystem
 from ray.data.checkpoint import CheckpointConfig
 
-from conversion.cli.parser import Parser
-from conversion.cli.segment import at_least, share
+from conversion.cli.parser import Parser, at_least
+from conversion.cli.segment import share
 from conversion.image_files import SUFFIXES
 from conversion.rows import ImageRows
 from conversion.sources import fetch, open_checkpoint

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from ..errors import CheckFailed, ConversionError
-from .parser import add_command, add_data_options, add_quiet, check_installed
+from .parser import add_command, add_data_options, add_quiet, at_least, check_installed
 
 FINETUNE = """\
 Train an adapter of BASE on images and the masks of their objects, and see how masks change.
@@ -67,41 +67,39 @@ def add_parser(subparsers) -> None:
     add_data_options(data)
     adapter = parser.add_argument_group("adapter")
     adapter.add_argument("--preset", nargs="+", choices=PRESETS, default=["encoder"], help="one or several (encoder)")
-    adapter.add_argument("--rank", type=_at_least(1), default=16, help="of the change of each layer (%(default)s)")
-    adapter.add_argument("--late-layers", type=_at_least(1), default=3, help="layers that late trains (%(default)s)")
+    adapter.add_argument("--rank", type=at_least(1), default=16, help="of the change of each layer (%(default)s)")
+    adapter.add_argument("--late-layers", type=at_least(1), default=3, help="layers that late trains (%(default)s)")
     adapter.add_argument("--cache", help="folder where late and decoder keep what frozen layers compute (OUT/cache)")
     adapter.add_argument("--revision", help="of BASE on the Hub")
     prompts = parser.add_argument_group("prompts")
     prompts.add_argument(
         "--prompts", choices=("box", "points", "mixed"), default="mixed", help="what a step begins with (%(default)s)"
     )
-    prompts.add_argument(
-        "--corrections", type=_at_least(0), default=1, help="correcting clicks, at most (%(default)s)"
-    )
+    prompts.add_argument("--corrections", type=at_least(0), default=1, help="correcting clicks, at most (%(default)s)")
     prompts.add_argument(
         "--background",
-        type=_at_least(0),
+        type=at_least(0),
         default=4,
         help="clicks on an image's background beside single clicks (%(default)s); 0 if not every object has a mask",
     )
-    prompts.add_argument("--objects", type=_at_least(1), default=8, help="of an image in a step (%(default)s)")
+    prompts.add_argument("--objects", type=at_least(1), default=8, help="of an image in a step (%(default)s)")
     steps = parser.add_argument_group("training")
-    steps.add_argument("--epochs", type=_at_least(0, float), default=10, help="times that each image is seen (10)")
-    steps.add_argument("--steps", type=_at_least(1), help="instead of epochs")
-    steps.add_argument("--batch", type=_at_least(1), default=2, help="images at once (%(default)s)")
-    steps.add_argument("--accumulate", type=_at_least(1), default=1, help="batches in a step (%(default)s)")
-    steps.add_argument("--lr", type=_at_least(0, float), default=1e-3, help="learning rate (%(default)s)")
+    steps.add_argument("--epochs", type=at_least(0, float), default=10, help="times that each image is seen (10)")
+    steps.add_argument("--steps", type=at_least(1), help="instead of epochs")
+    steps.add_argument("--batch", type=at_least(1), default=2, help="images at once (%(default)s)")
+    steps.add_argument("--accumulate", type=at_least(1), default=1, help="batches in a step (%(default)s)")
+    steps.add_argument("--lr", type=at_least(0, float), default=1e-3, help="learning rate (%(default)s)")
     steps.add_argument(
-        "--patience", type=_at_least(0), default=0, help="stop after this many epochs without gain; 0: never"
+        "--patience", type=at_least(0), default=0, help="stop after this many epochs without gain; 0: never"
     )
     steps.add_argument("--checkpointing", action="store_true", help="less memory, more time")
     steps.add_argument("--bf16", action="store_true", help="compute in bfloat16; the adapter stays in float32")
-    steps.add_argument("--seed", type=_at_least(0), default=0, help="of all that is random (%(default)s)")
+    steps.add_argument("--seed", type=at_least(0), default=0, help="of all that is random (%(default)s)")
     steps.add_argument(
         "--deterministic", action="store_true", help="the same adapter, bit for bit, in every run; slower"
     )
     steps.add_argument(
-        "--save-steps", type=_at_least(1), help="a checkpoint every so many steps, beside that of each epoch"
+        "--save-steps", type=at_least(1), help="a checkpoint every so many steps, beside that of each epoch"
     )
     steps.add_argument("--resume", action="store_true", help="from OUT's last checkpoint, if there is one")
     report = parser.add_argument_group("report")
@@ -115,22 +113,6 @@ def add_parser(subparsers) -> None:
         "--report-to", nargs="+", default=[], metavar="TRACKER", help="of transformers: tensorboard, wandb, ..."
     )
     add_quiet(report)
-
-
-def _at_least(least, kind=int):
-    """A parser of numbers."""
-
-    def number(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not least <= value < math.inf:  # nor NaN
-            whole = "an integer" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"must be {whole} of at least {least}, got {text}")
-        return value
-
-    return number
 
 
 def _share(text):

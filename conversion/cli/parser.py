@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import math
 from collections.abc import Callable, Mapping
 
 from ..errors import ConversionError
@@ -53,6 +54,22 @@ def add_command(
 
 def add_quiet(parser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def at_least(least: float, kind: type = int) -> Callable[[str], float]:
+    """A parser of numbers that are not too small, nor endless, nor an integer that no tensor can hold."""
+
+    def number(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value < (2**31 if kind is int else math.inf):  # nor NaN
+            whole = "an integer" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {whole} of at least {least}, got {text}")
+        return value
+
+    return number
 
 
 def add_data_options(group) -> None:

@@ -4,7 +4,7 @@ import argparse
 import signal
 import sys
 
-from .parser import add_command, add_quiet
+from .parser import add_command, add_quiet, at_least
 
 SEGMENT = """\
 Segment everything in IMAGES: a grid of points over each image, and every good mask once.
@@ -58,15 +58,6 @@ def add_parser(subparsers) -> None:
     options.add_argument(
         "--min-region", metavar="N", type=at_least(0), default=0, help="fill holes, drop islands of N pixels or fewer"
     )
-
-
-def at_least(least: int):
-    def number(text: str) -> int:
-        if not text.isdecimal() or len(text) > 9 or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
-        return int(text)
-
-    return number
 
 
 def share(text: str) -> float:

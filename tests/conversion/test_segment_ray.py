@@ -221,7 +221,7 @@ def test_bad_commands_end_in_one_line_before_ray_starts(here, tmp_path, capsys):
     assert "'nowhere' is not a path here" in refused(["nowhere", photos, out], capsys)
     assert "nowhere does not exist" in refused([model, "nowhere", out], capsys)
     assert "'nowhere' is not a path here" in refused([model, photos, out, "--adapter", "nowhere"], capsys)
-    assert "'0' is not a whole number of at least 1" in refused([model, photos, out, "--actors", "0"], capsys)
+    assert "must be an integer of at least 1, got 0" in refused([model, photos, out, "--actors", "0"], capsys)
     assert not (tmp_path / "out").exists()
     segment_ray.begin(out, "masks", {"points_per_crop": 12})
     segment_ray.begin(out, "masks", {"points_per_crop": 12})
