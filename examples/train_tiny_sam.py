@@ -1,4 +1,4 @@
-"""Train a tiny SAM from scratch on generated shapes, in about twelve minutes on one core.
+"""Train a tiny SAM from scratch on generated shapes, in about a quarter of an hour on one core.
 
     OMP_NUM_THREADS=1 python examples/train_tiny_sam.py OUT
 
@@ -6,8 +6,9 @@ It stands in for Meta's checkpoints where there is no network: 128 pixels, four 
 global ones, in the format of transformers' `SamModel`. It segments images of simple objects; it has seen
 no photograph, so fine-tuning can improve it. The same seed, versions and machine give the same file.
 
-The checkpoint beside this script is what the command above wrote. On 256 unseen images its mean IoU from a box is
-0.857, where the box itself has 0.70.
+The checkpoint of the command line is what the command above wrote. On 104 unseen images, in two sets, its mean IoU is
+0.89 and 0.90 from a box, where the box itself has 0.70, and 0.85 and 0.88 from one click; everything-mode at its
+default thresholds finds 0.65 and 0.75 of the objects.
 """
 
 import argparse
@@ -18,11 +19,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers import SamImageProcessor, SamProcessor
 
 from conversion import fuse
 from sam_split import SamSplitConfig, SamSplitModel
-from sam_split.training import boxes_around, iou_and_dice, simulate_prompts
+from sam_split.training import evaluate, training_prompts
 
 SIZE = 128
 CONFIG = {
@@ -48,7 +50,7 @@ CONFIG = {
 }
 MEAN, DEVIATION = (torch.tensor(v)[:, None, None] for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
 OBJECTS = 3  # in an image
-POOL = 1500  # images to train on, each seen in many views: new ones would take a fifth of the time
+POOL = 3000  # images to train on, each seen in many views: new ones would take a fifth of the time
 
 
 def smooth_noise(rng, cells):
@@ -130,13 +132,39 @@ def another_view(images, masks, rng):
     return images, masks
 
 
+def processor():
+    return SamProcessor(
+        SamImageProcessor(
+            size={"longest_edge": SIZE},
+            pad_size={"height": SIZE, "width": SIZE},
+            mask_size={"longest_edge": SIZE // 2},
+            mask_pad_size={"height": SIZE // 2, "width": SIZE // 2},
+        )
+    )
+
+
+def measured(model, seed, number):
+    """The evaluation of unseen images: boxes, clicks, everything-mode."""
+    images, masks = sample_images(seed, number)
+    names = (f"{seed}-{index}" for index in range(number))
+    examples = [
+        {"name": name, "image": Image.fromarray(image.movedim(0, -1).numpy()), "masks": objects.numpy()}
+        for name, image, objects in zip(names, images, masks, strict=True)
+    ]
+    return evaluate(model.eval(), processor(), examples)
+
+
 @torch.no_grad()
-def mean_iou(model, seed, number=256):
-    """Mean IoU over the objects of unseen images, each prompted with the box around it."""
-    model.eval()
-    images, labels = sample_images(seed, number)
-    output = model(pixel_values=normalised(images), input_boxes=boxes_around(labels), multimask_output=False)
-    return iou_and_dice(output.pred_masks[:, :, 0], labels)[0].mean().item()
+def steepen(model, factor):
+    """Multiply all mask logits, and divide those that come back as a prompt: masks and scores stay what they are.
+
+    Stability asks how far a mask's edge moves between logits of -1 and 1. Here a mask has 64 x 64 pixels, so for the
+    object's size the edge moves four times as far as at SAM's 256 x 256, unless logits are four times as steep.
+    """
+    for head in model.mask_decoder.output_hypernetworks_mlps:
+        head.proj_out.weight *= factor
+        head.proj_out.bias *= factor
+    model.prompt_encoder.mask_embed.conv1.weight /= factor
 
 
 def train(steps, seed, batch_size=8):
@@ -154,10 +182,11 @@ def train(steps, seed, batch_size=8):
         chosen = rng.choice(POOL, batch_size, replace=False)
         pixels, labels = another_view(images[chosen], masks[chosen], rng)
         embeddings = model.get_image_embeddings(normalised(pixels))
-        # Most steps are a first box. A click is harder to learn from, and so is the correction of what came out.
-        rounds, clicks_only = int(rng.random() < 0.1), rng.random() < 0.15
-        prompts = simulate_prompts(model, embeddings.detach(), labels, rounds, points_only=clicks_only)
-        loss = model(image_embeddings=embeddings, **prompts, labels=labels).loss
+        # Each image is encoded once and asked twice: by single clicks as in everything-mode, and by a box.
+        loss = 0
+        for kind, corrections in (("points", 0), ("mixed" if rng.random() < 0.25 else "box", 1)):
+            prompts, wanted = training_prompts(model, embeddings.detach(), labels, kind, corrections, background=1)
+            loss = loss + model(image_embeddings=embeddings, **prompts, labels=wanted).loss
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -167,27 +196,21 @@ def train(steps, seed, batch_size=8):
         if step % 50 == 0:
             print(f"step {step:5d}  loss {total / 50:.3f}  {time.time() - began:4.0f} s", flush=True)
             total = 0.0
+    steepen(model, 4)
     return model
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("out", type=Path, help="folder to make: a stock SamModel with its processor")
-    parser.add_argument("--steps", type=int, default=1800)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     model = train(args.steps, args.seed)
-    print(f"mean IoU on unseen shapes, from a box: {mean_iou(model, seed=10**6):.3f}")
+    print(measured(model, seed=10**6, number=64))
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        SamProcessor(
-            SamImageProcessor(
-                size={"longest_edge": SIZE},
-                pad_size={"height": SIZE, "width": SIZE},
-                mask_size={"longest_edge": SIZE // 2},
-                mask_pad_size={"height": SIZE // 2, "width": SIZE // 2},
-            )
-        ).save_pretrained(folder)
+        processor().save_pretrained(folder)
         fuse(folder, args.out)
 
 

@@ -187,7 +187,7 @@ def test_a_batch_of_points_waits_as_often_for_few_masks_as_for_many(monkeypatch)
     for name in ("cpu", "tolist", "item", "nonzero"):
         monkeypatch.setattr(torch.Tensor, name, counting(name, getattr(torch.Tensor, name)))
     waits, masks = [], []
-    for iou in 0.75, 0.3:
+    for iou in 0.8, 0.3:
         called.clear()
         options = {"points_per_crop": 8, "pred_iou_thresh": iou, "stability_score_thresh": 0, "crops_nms_thresh": 1.0}
         masks.append(len(ours().generate_masks(PHOTOGRAPHS["coffee"], output_masks=False, **options)["scores"]))

@@ -249,7 +249,7 @@ def adapted(model, **options):
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
-                parameter.normal_(std=0.05)
+                parameter.normal_(std=0.2)
     return adapted
 
 

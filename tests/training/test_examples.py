@@ -71,20 +71,32 @@ def test_tiny_sam_segments_unseen_shapes(base):
         with torch.no_grad():
             pixels = shapes.normalised(images)
             masks = model.eval()(pixel_values=pixels, input_boxes=boxes, multimask_output=False).pred_masks
-        assert iou_and_dice(masks[:, :, 0], labels)[0].mean() >= 0.85
+        assert iou_and_dice(masks[:, :, 0], labels)[0].mean() >= 0.9
     y, x = torch.meshgrid(torch.arange(128), torch.arange(128), indexing="ij")
     x0, y0, x1, y1 = boxes[..., None, None].unbind(2)
     filled = ((x >= x0) & (x <= x1) & (y >= y0) & (y <= y1)).float() - 0.5
     assert iou_and_dice(filled, labels)[0].mean() < 0.75
 
 
+@pytest.mark.slow
+def test_tiny_sam_finds_unseen_shapes(base):
+    """From one click, and everything at the default thresholds, with scores that say what masks are worth."""
+    shapes = script("train_tiny_sam.py")
+    found = shapes.measured(AutoModel.from_pretrained(base), seed=10**6, number=32).means
+    assert found["iou_box"] >= 0.88
+    assert found["iou_1_click"] >= 0.8
+    assert found["recall_50"] >= 0.7
+    assert found["average_recall"] >= 0.6
+    assert found["error_1_click"] <= 0.08
+
+
 def test_adapter_learns_coins(base, coins, tmp_path, capsys):
     """Held-out coins gain, the base keeps its bits, every tensor of the adapter moves, and the files are there."""
-    assert run(base, coins / "train", tmp_path, "--val", str(coins / "test"), "--steps", "30") == 0
-    assert re.search(r"30/30 \[.*<.*, loss=0\.\d+, IoU=0\.\d+\]", capsys.readouterr().err), "steps, time left, IoU"
+    assert run(base, coins / "train", tmp_path, "--val", str(coins / "test"), "--steps", "60") == 0
+    assert re.search(r"60/60 \[.*<.*, loss=0\.\d+, IoU=0\.\d+\]", capsys.readouterr().err), "steps, time left, IoU"
     results = json.loads((tmp_path / "results.json").read_text())
-    for kind in ("box", "1_click", "3_clicks"):
-        assert results["after"]["means"][f"iou_{kind}"] > results["before"]["means"][f"iou_{kind}"] + 0.01, kind
+    for kind, gain in {"box": 0.01, "1_click": 0.01, "3_clicks": 0}.items():  # three clicks are good before, too
+        assert results["after"]["means"][f"iou_{kind}"] > results["before"]["means"][f"iou_{kind}"] + gain, kind
     adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert len(adapter) == 4 * 2 * 2, "four layers, q and v, A and B"
     assert all(tensor.abs().max() > 0 for tensor in adapter.values())
