@@ -28,7 +28,11 @@ def pixels_of(image, timeout=None):
         channels_last = True
     else:
         channels_last = not isinstance(image, torch.Tensor)
-        image = torch.as_tensor(image).detach().cpu()
+        try:
+            image = torch.as_tensor(image).detach().cpu()
+        except (TypeError, ValueError, RuntimeError) as error:
+            kind = type(image).__name__
+            raise TypeError(f"an image must be a path, a PIL image, an array or a tensor, got {kind}") from error
     shape = tuple(image.shape)
     if image.ndim == 3 and ((channels_last and shape[2] in (1, 3, 4)) or shape[0] not in (1, 3, 4)):
         image = image.permute(2, 0, 1)  # (channels, height, width)
@@ -59,7 +63,8 @@ def _open(path, timeout):
         try:
             return load_image(path, timeout=timeout)
         except Exception as error:  # of the connection, of its library, or PIL's
-            raise ValueError(f"no image can be read from {path[:200]}: {error}") from error
+            where = "" if "://" in path else ", which is no file here"
+            raise ValueError(f"no image can be read from {path[:200]}{where}: {error}") from error
     with Image.open(path) as image:
         _check_size(image.height, image.width)
         image.load()

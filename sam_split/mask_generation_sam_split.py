@@ -154,7 +154,8 @@ def generate_masks(model, images, **options):
         ValueError: for an option or an image out of range.
     """
     options = _options(options)
-    if isinstance(images, (str, os.PathLike)) or hasattr(images, "convert") or 0 < getattr(images, "ndim", 0) < 4:
+    one = isinstance(images, (str, os.PathLike)) or hasattr(images, "convert") or not hasattr(images, "__iter__")
+    if one or 0 < getattr(images, "ndim", 0) < 4:
         points = None if options.input_points is None else [options.input_points]
         return next(_results(model, [images], points, options))
     results = _results(model, images, options.input_points, options)

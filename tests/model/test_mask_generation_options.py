@@ -126,7 +126,7 @@ def test_a_photograph_stands_upright(tmp_path):
         (np.full((4, 5), 256), r"must lie in \[0, 255\]"),
         (np.full((4, 5), -1), r"must lie in \[0, 255\]"),
         (torch.zeros(1, dtype=torch.uint8).expand(10_000, 10_001), "10001 x 10000 pixels is larger than 100 MP; cut"),
-        ("no_such_file.png", "Incorrect image source"),
+        ("no_such_file.png", "no image can be read from no_such_file.png, which is no file here: "),
     ],
 )
 def test_images_that_are_refused(image, message):
@@ -367,3 +367,9 @@ def test_progress(monkeypatch, capsys):
     assert made[0]["delay"] > 0
     assert made[1]["total"] == 2 * (1 + 4) * 16
     assert made[1]["disable"]
+
+
+@pytest.mark.parametrize(("image", "kind"), [(None, "NoneType"), ([None], "NoneType"), (object(), "object")])
+def test_what_is_no_image(image, kind):
+    with pytest.raises(TypeError, match=f"an image must be a path, a PIL image, an array or a tensor, got {kind}"):
+        generate(image)
