@@ -37,7 +37,7 @@ def draw_labels(path: Path, annotations: list[dict], pixels: np.ndarray) -> None
 
 
 def draw_overlay(path: Path, annotations: list[dict], pixels: np.ndarray) -> None:
-    """The photograph with its masks, small ones above large ones, as a JPEG.
+    """The image with its masks, small ones above large ones, as a JPEG.
 
     Args:
         path: to write to.

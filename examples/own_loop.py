@@ -1,4 +1,4 @@
-"""A training loop of your own, from the parts of `sam_split.training`: LoRA on q, v and the decoder's heads.
+"""A training loop of your own, from the parts of `sam_split.training`: LoRA on the encoder's q and v and the decoder.
 
     python examples/own_loop.py BASE DATA OUT
 

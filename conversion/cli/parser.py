@@ -15,7 +15,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**{"allow_abbrev": False, **options})
 
     def error(self, message):
-        self.exit(2, f"sam-split: error: {' '.join(message.split())}; see {self.prog} --help\n")
+        program, *_ = self.prog.split()  # "sam-split" of "sam-split convert"
+        self.exit(2, f"{program}: error: {' '.join(message.split())}; see {self.prog} --help\n")
 
 
 def add_command(

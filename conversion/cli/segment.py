@@ -18,7 +18,7 @@ OUT is a folder, with
 and, where asked for, named as the image is
   masks/NAME/0001.png ...   --format png: each mask alone, white inside, in the order of annotations.json
   labels/NAME.png           --format labels: 16 bits, 0 where no mask is, else the number of the smallest mask there
-  overlays/NAME.jpg         --overlay: the photograph with its masks
+  overlays/NAME.jpg         --overlay: the image with its masks
 
 A run that was stopped goes on when the command is repeated; a finished image is not done again. What is drawn may be
 asked for later. annotations.json holds the images that the last command named.

@@ -1,4 +1,4 @@
-"""Masks over a photograph, from COCO's run lengths: each tinted and outlined, small ones above large ones."""
+"""Masks over an image, from COCO's run lengths: each tinted and outlined, small ones above large ones."""
 
 import numpy as np
 
@@ -40,9 +40,9 @@ def label_map(annotations: list[dict], size: tuple[int, int]) -> np.ndarray:
 
 
 def overlay(pixels: np.ndarray, annotations: list[dict], colours: list[int] | None = None) -> np.ndarray:
-    """The photograph in pale grey with its masks tinted and outlined, (height, width, 3) bytes.
+    """The image in pale grey with its masks tinted and outlined, (height, width, 3) bytes.
 
-    A small photograph is enlarged by a whole number, so that outlines are thin beside what they surround.
+    A small image is enlarged by a whole number, so that outlines are thin beside what they surround.
 
     Args:
         pixels: (height, width, 3) bytes.

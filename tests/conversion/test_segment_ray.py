@@ -195,7 +195,8 @@ def test_embeddings_are_the_adapted_models(here, cluster, tmp_path, capsys):
     (photos / "bad.png").write_bytes(b"no image")
     argv = [str(here / "sam-split-vit-base"), str(photos), str(tmp_path / "out"), "--embeddings"]
     argv += ["--adapter", str(tmp_path / "lora"), "--batch", "2"]
-    assert refused(argv, capsys).startswith(f"sam-split: error: {photos / 'bad.png'} cannot be read as an image (")
+    error = f"segment_ray.py: error: {photos / 'bad.png'} cannot be read as an image ("
+    assert refused(argv, capsys).startswith(error)
     segment_ray.main([*argv, "--skip-bad"])
     table = pa.dataset.dataset(tmp_path / "out/embeddings").to_table()
     assert len(set(table["path"].to_pylist())) == len(table) == 9

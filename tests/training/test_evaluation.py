@@ -1,9 +1,7 @@
 """The evaluation's numbers are plain references', it leaves the model as it was, and holds little of a large image."""
 
 import functools
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +12,6 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from transformers import AutoProcessor
 
-from conversion import convert
-from conversion.cli.demo import TINY_SAM
 from sam_split import VOID_LABEL, SamSplitModel
 from sam_split.training import (
     SamSplitCollator,
@@ -32,13 +28,6 @@ QUIET = {"everything": False, "progress": False}
 KINDS = {"box": "box", "1 click": "1_click", "3 clicks": "3_clicks"}
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny") / "split"
-    convert(TINY_SAM, folder, progress=False)
-    return folder
-
-
 @pytest.fixture
 def model(base):
     return SamSplitModel.from_pretrained(base)
@@ -50,18 +39,11 @@ def processor(base):
 
 
 @pytest.fixture(scope="module")
-def coins(tmp_path_factory):
+def coins(coins):
     """Three crops with coins, of different shapes; the first with void around a coin."""
-    folder = tmp_path_factory.mktemp("coins") / "data"
-    spec = importlib.util.spec_from_file_location("coins", ROOT / "examples" / "coins.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["coins.py", str(folder)])
-        script.main()
     examples = []
-    for path, cut in zip(sorted((folder / "test" / "images").iterdir())[::3], (128, 100, 90), strict=False):
-        instances = np.asarray(Image.open(folder / "test" / "masks" / path.name))[:, :cut]
+    for path, cut in zip(sorted((coins / "test" / "images").iterdir())[::3], (128, 100, 90), strict=False):
+        instances = np.asarray(Image.open(coins / "test" / "masks" / path.name))[:, :cut]
         image = Image.open(path).crop((0, 0, cut, 128))
         masks = [instances == value for value in np.unique(instances) if value]
         masks = np.stack([mask for mask in masks if mask.sum() >= 200]).astype(np.int8)

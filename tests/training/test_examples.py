@@ -1,6 +1,5 @@
 """Fine-tuning does what it says: the tiny SAM segments, its adapters learn coins, and data is read or refused."""
 
-import importlib.util
 import json
 import os
 import re
@@ -15,47 +14,20 @@ import torch
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
-from training_data import image_folder
+from training_data import EXAMPLES, image_folder, script
 from transformers import AutoModel, SamModel
 
-from conversion import convert
 from conversion.cli import main
 from conversion.cli.demo import TINY_SAM
 from sam_split.training import boxes_around, find_examples, iou_and_dice
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = ROOT / "examples"
-
-
-def script(name):
-    spec = importlib.util.spec_from_file_location(Path(name).stem, EXAMPLES / name)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 # accelerate's option for CPUs starts one process; that for GPUs starts two, which find none and use gloo.
 LAUNCHERS = [
     "torchrun --nproc-per-node 2 --no-python sam-split finetune",
     "accelerate launch --multi_gpu --num_processes 2 --no_python sam-split finetune",
 ]
 QUICK = ["--batch", "2", "--objects", "3", "--lr", "5e-3", "--rank", "4", "--no-everything"]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny") / "split"
-    convert(TINY_SAM, folder, progress=False)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def coins(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("coins") / "data"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["coins.py", str(folder)])
-        script("coins.py").main()
-    return folder
 
 
 def run(base, data, out, *options, quick=True):

@@ -31,7 +31,7 @@ def test_defaults_are_the_librarys():
     assert all(parse("--prompts", kind) for kind in FIRST_PROMPTS)
 
 
-def test_command_line_parses_to_itssettings_of():
+def test_command_line_parses_to_its_settings():
     """One value of each option that is not its default."""
     options = {
         "val": "test images", "holdout": 0.5, "split": "test", "image_column": "photo", "mask_column": "truth",

@@ -13,21 +13,12 @@ from training_data import image_folder
 from transformers.integrations import integration_utils
 
 import sam_split.modeling_sam_split as modeling
-from conversion import convert
 from conversion.cli import main
-from conversion.cli.demo import TINY_SAM
 from sam_split.training import find_examples
 from sam_split.training.finetuning import last_checkpoint
 from sam_split.training.trainer import PromptTrainer
 
 QUICK = ["--batch", "2", "--objects", "3", "--lr", "5e-3", "--rank", "4", "--no-everything", "--quiet"]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny") / "split"
-    convert(TINY_SAM, folder, progress=False)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +110,8 @@ def test_what_it_takes_to_run_again(base, data, whole, tmp_path):
     card = (whole / "adapter" / "README.md").read_text()
     for said in (results["command"], results["data"]["train"]["digest"], "seed 0", f"torch {torch.__version__}"):
         assert said in card
+    assert results["weights"] == adapter_hash(whole), "whoever trains on sees that the figures are of other weights"
+    assert adapter_hash(whole) in card
 
 
 def test_digest_is_of_names_images_and_masks(tmp_path):

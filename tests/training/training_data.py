@@ -1,4 +1,7 @@
-"""A collator of the tiny model, examples for it, and folders of images and masks."""
+"""A collator of the tiny model, examples for it, folders of images and masks, and the scripts in `examples`."""
+
+import importlib.util
+from pathlib import Path
 
 import numpy as np
 from models import IMAGE_SIZE, TINY
@@ -6,6 +9,16 @@ from PIL import Image
 from transformers import SamImageProcessor
 
 from sam_split.training import SamSplitCollator
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def script(name):
+    """A script of `examples` as a module."""
+    spec = importlib.util.spec_from_file_location(name.removesuffix(".py"), EXAMPLES / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def collator():
