@@ -13,7 +13,7 @@ from .results import Results
 from .rounds import Setting, about, gemm_peak, model_code, run_case
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parents[1] / "README.md"
+QUOTING = [Path(__file__).parents[1] / name for name in ("README.md", "docs/speed.md")]
 
 DESCRIPTION = """\
 Measure SamSplit beside stock transformers (eager, sdpa), Meta's segment-anything, timm's samvit and stock with LoRA on
@@ -140,18 +140,19 @@ def main(argv: list[str] | None = None) -> int:
         return fail(str(error))
     written = report.write(results, arguments.out, name)
     if arguments.out == RESULTS and name == "cpu":
-        written.append(quote(results))
+        quote(results)
+        written += QUOTING
     print("\n".join(str(path) for path in written))
     return 0
 
 
-def quote(results: Results) -> Path:
-    """Put the ranges over all runs into README, in the place of its table."""
-    text = README.read_text(encoding="utf-8")
-    table = report.summary(results)
-    (old,) = re.findall(rf"^{re.escape(table[:30])}.*?(?=\n\n)", text, re.MULTILINE | re.DOTALL)
-    README.write_text(text.replace(old, table), encoding="utf-8")
-    return README
+def quote(results: Results) -> None:
+    """Put the ranges over all runs into the tables of the pages: each row in the place of the one with its title."""
+    rows = {row.split("|")[1]: row for row in report.summary(results).splitlines()}
+    for page in QUOTING:
+        lines = page.read_text(encoding="utf-8").split("\n")
+        lines = [rows.get(line.split("|")[1], line) if line.startswith("| ") else line for line in lines]
+        page.write_text("\n".join(lines), encoding="utf-8")
 
 
 def measure(chosen: list[Case], setting: Setting, results: Results):

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils import flop_counter
 
+from sam_split.products_sam_split import affine
+
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 MEGABYTE = 2**20
 
@@ -129,12 +131,12 @@ def flops(call: Callable) -> int:
 
 
 def gemm_peak(device: str, dtype: torch.dtype) -> float:
-    """FLOP/s of the fastest way to multiply matrices here: the library behind linear layers or that behind
-    convolutions, in the sizes of ViT-B's MLP on a CPU, large and square on a GPU."""
+    """FLOP/s of the fastest way to multiply matrices here: torch's for linear layers, that for convolutions, or the
+    model's own choice, in the sizes of ViT-B's MLP on a CPU, large and square on a GPU."""
     rows, inner, columns = (4096, 768, 3072) if device == "cpu" else (8192, 8192, 8192)
     x, weight = torch.randn(rows, inner).to(device, dtype), torch.randn(columns, inner).to(device, dtype)
     image = x.view(1, rows // 64, 64, inner).permute(0, 3, 1, 2)
-    ways = [lambda: F.linear(x, weight)]
+    ways = [lambda: F.linear(x, weight), lambda: affine(x, weight, None)]
     if device == "cpu":
         ways.append(lambda: F.conv2d(image, weight[:, :, None, None]))
     best = 0.0

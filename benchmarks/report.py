@@ -68,7 +68,7 @@ def _header(results: Results) -> str:
 
 
 def summary(results: Results) -> str:
-    """The ranges over all runs, a row for each figure beside transformers' sdpa: README's table."""
+    """The ranges over all runs, a row for each figure beside transformers' sdpa: docs/speed.md's table."""
     rows: dict[str, dict[str, str]] = {}
     for target, name, found in _followed(results):
         if target.against == REFERENCE:

@@ -27,6 +27,7 @@ __version__ = "0.1.0"
 # The files that travel with every saved model; the Auto classes find them by AUTO_MAP, in the configuration file.
 CODE_FILES = (
     "configuration_sam_split.py",
+    "products_sam_split.py",
     "attention_sam_split.py",
     "checks_sam_split.py",
     "images_sam_split.py",

@@ -10,18 +10,20 @@
 
 The first computes softmax in float32 at least, the others in the dtype of the scores with sums in float32.
 
-The mask decoder's attention takes its algebra on rows of tokens from here: `can_fold` to `softmax`.
+The mask decoder's attention takes its algebra on rows of tokens from here: `in_pieces` to `softmax`.
 
 Shapes: `B` images, `P` prompts, `T` tokens per prompt, `H W` rows and columns of the token grid, `C` channels, `D`
 channels per head, `S` side of a window in tokens.
 
-This file is copied into each saved model folder. It imports torch alone and reads no file, network or environment.
+This file is copied into each saved model folder. It imports torch and `products_sam_split.py`, and reads no file,
+network or environment.
 """
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.autograd.function import once_differentiable
+
+from .products_sam_split import add_product, product
 
 # Scores of one tile: 4 MB in float32, which stay in a core's caches. An accelerator is faster on a few large tiles.
 TILE_SCORES_CPU = 2**20
@@ -120,26 +122,6 @@ def on_cpu(tensor: torch.Tensor) -> bool:
 def in_pieces(tokens: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
     """(B, P, tokens, C), on a CPU that many tokens at a time, so that what is made of a piece stays in its caches."""
     return tokens.split(size, dim=2) if on_cpu(tokens) else (tokens,)
-
-
-def can_fold(layer: nn.Module, rows: int) -> bool:
-    """Whether that many rows of tokens should pass through a layer, transposed, in place of the image through it.
-
-    Only where the layer is its weight and its bias: not one with an adapter, hooks, or offloaded or quantised weights.
-    """
-    if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter or torch.compiler.is_compiling():
-        return False
-    hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
-    narrow, wide = layer.weight.shape
-    cheaper = rows * (wide - narrow) < wide * narrow  # multiplications for each place of the image
-    return cheaper and not any(hooks) and "forward" not in vars(layer)
-
-
-def matmul_shared(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """(B, P, R, K) @ (B, P or 1, K, L) to (B, P, R, L), without a copy per prompt of a matrix that prompts share."""
-    if matrix.shape[1] == rows.shape[1]:
-        return rows @ matrix
-    return (rows.flatten(1, 2) @ matrix[:, 0]).unflatten(1, rows.shape[1:3])
 
 
 def rows_by_head(tokens: torch.Tensor, heads: int) -> torch.Tensor:
@@ -343,7 +325,7 @@ class TiledAttention(torch.autograd.Function):
             context = torch.empty_like(q)
             for tile in tiles:
                 weights = _tile_weights(q[tile], k, rel_h[tile], rel_w[tile], scale, scores)
-                torch.bmm(weights, v, out=context[tile])
+                product(weights, v, out=context[tile])
             _put(output, block, context)
         return output
 
@@ -370,13 +352,13 @@ class TiledAttention(torch.autograd.Function):
             grad_k, grad_v = (x.new_zeros(x.transpose(1, 2).shape, dtype=wide) for x in (k, v))
             for tile in tiles:
                 weights = _tile_weights(q[tile], k, rel_h[tile], rel_w[tile], ctx.scale, scores)
-                _add_product(grad_v, grad_context[tile].transpose(1, 2), weights)
+                add_product(grad_v, grad_context[tile].transpose(1, 2), weights)
                 grad = grad_scores[: weights.shape[0], : weights.shape[1]]
-                torch.bmm(grad_context[tile], v.transpose(1, 2), out=grad)
+                product(grad_context[tile], v.transpose(1, 2), out=grad)
                 grad *= weights
                 grad.addcmul_(weights, grad.sum(-1, keepdim=True), value=-1)
-                grad_q[tile] = (grad @ k) * ctx.scale
-                _add_product(grad_k, q[tile].transpose(1, 2) * ctx.scale, grad)
+                grad_q[tile] = product(grad, k) * ctx.scale
+                add_product(grad_k, q[tile].transpose(1, 2), grad, ctx.scale)
                 by_key = grad.unflatten(-1, (rel_h.shape[-1], rel_w.shape[-1]))  # (.., queries, H, W)
                 grad_rel[0][tile], grad_rel[1][tile] = by_key.sum(-1), by_key.sum(-2)
             grad_query, *grad_offsets = torch.autograd.grad(rel, leaves if learned else leaves[:1], grad_rel)
@@ -425,7 +407,7 @@ def _tile_weights(query, key, rel_h, rel_w, scale, scores):
     scores = scores[: query.shape[0], : query.shape[1]]
     by_key = scores.unflatten(-1, (rel_h.shape[-1], rel_w.shape[-1]))  # (.., queries, H, W)
     torch.add(rel_h[..., :, None], rel_w[..., None, :], out=by_key)
-    scores.baddbmm_(query, key.transpose(1, 2), alpha=scale)
+    add_product(scores, query, key.transpose(1, 2), scale)
     return torch.softmax(scores, dim=-1, out=scores)
 
 
@@ -438,9 +420,9 @@ def _place(x, block):
 
 
 def _take(x, block):
-    """The block's (sequences * heads, tokens, D) of (B, tokens, heads, D)."""
+    """The block's (sequences * heads, tokens, D) of (B, tokens, heads, D), contiguous."""
     x, place = _place(x, block)
-    return x[place].transpose(1, 2).flatten(0, 1)
+    return x[place].transpose(1, 2).flatten(0, 1).contiguous()
 
 
 def _put(x, block, part):
@@ -457,11 +439,3 @@ def _add(total, block, part):
         total[sequences.start : sequences.stop, :, heads] += part
     else:
         total.flatten(0, 1)[:, heads].index_add_(0, sequences.flatten(), part.flatten(0, 1).to(total.dtype))
-
-
-def _add_product(total, left, right):
-    """`total += left @ right`; the sum may be of a wider dtype."""
-    if total.dtype == left.dtype:
-        total.baddbmm_(left, right)
-    else:
-        total += left @ right

@@ -4,9 +4,11 @@ The fields, their names and their defaults (ViT-B) are those of transformers' SA
 `config.json` becomes a SamSplit one by changing `model_type` and adding the `auto_map`. Every value is checked when a
 config is built.
 
-This file is copied into each saved model folder. It imports transformers alone and reads no file, network or
+This file is copied into each saved model folder. It imports transformers and `typing`, and reads no file, network or
 environment.
 """
+
+from typing import Any
 
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
@@ -128,7 +130,7 @@ class SamSplitVisionConfig(PretrainedConfig):
         global_attn_indexes: tuple[int, ...] = (2, 5, 8, 11),
         num_pos_feats: int = 128,
         mlp_dim: int | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         kwargs.pop("model_type", None)  # a stock config.json says "sam_vision_model"
         super().__init__(**kwargs)
@@ -198,7 +200,7 @@ class SamSplitPromptEncoderConfig(PretrainedConfig):
         num_point_embeddings: int = 4,
         hidden_act: str = "gelu",
         layer_norm_eps: float = 1e-6,
-        **kwargs,
+        **kwargs: Any,
     ):
         kwargs.pop("model_type", None)
         kwargs.pop("image_embedding_size", None)  # stock stores it; it follows from image_size and patch_size
@@ -257,7 +259,7 @@ class SamSplitMaskDecoderConfig(PretrainedConfig):
         iou_head_depth: int = 3,
         iou_head_hidden_dim: int = 256,
         layer_norm_eps: float = 1e-6,
-        **kwargs,
+        **kwargs: Any,
     ):
         kwargs.pop("model_type", None)
         super().__init__(**kwargs)
@@ -314,11 +316,11 @@ class SamSplitConfig(PretrainedConfig):
 
     def __init__(
         self,
-        vision_config: SamSplitVisionConfig | dict | None = None,
-        prompt_encoder_config: SamSplitPromptEncoderConfig | dict | None = None,
-        mask_decoder_config: SamSplitMaskDecoderConfig | dict | None = None,
+        vision_config: SamSplitVisionConfig | dict[str, Any] | None = None,
+        prompt_encoder_config: SamSplitPromptEncoderConfig | dict[str, Any] | None = None,
+        mask_decoder_config: SamSplitMaskDecoderConfig | dict[str, Any] | None = None,
         initializer_range: float = 0.02,
-        **kwargs,
+        **kwargs: Any,
     ):
         kwargs.pop("model_type", None)
         if "auto_map" not in kwargs:  # a folder that has a map, and no pipeline, has no file for one either

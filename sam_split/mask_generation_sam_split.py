@@ -18,8 +18,10 @@ import contextlib
 import difflib
 import itertools
 import math
+import numbers
 import os
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -107,6 +109,10 @@ class SamSplitMaskGenerationOptions:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is float and (not isinstance(value, numbers.Real) or math.isnan(value)):
+                raise ValueError(f"{field.name} must be a number, got {value!r}")
         if self.output_rle_mask not in (False, True, "compressed"):
             raise ValueError(f'output_rle_mask must be False, True or "compressed", got {self.output_rle_mask!r}')
         if self.input_points is not None and self.point_grids is not None:
@@ -127,7 +133,7 @@ class SamSplitMaskGenerationPipeline(Pipeline):
         _options(options)
         return options, {}, {}
 
-    def __call__(self, image, **options):
+    def __call__(self, image: object, **options: object) -> Any:
         defaults = {"batch_size": self._batch_size, **self._preprocess_params}
         for name in ("image_mean", "image_std"):
             if getattr(self.image_processor, name, None) is not None:
@@ -135,7 +141,7 @@ class SamSplitMaskGenerationPipeline(Pipeline):
         return generate_masks(self.model, image, **{**defaults, **options})
 
 
-def generate_masks(model, images, **options):
+def generate_masks(model: torch.nn.Module, images: Any, **options: object) -> Any:
     """Segment everything in images.
 
     Args:
@@ -153,12 +159,12 @@ def generate_masks(model, images, **options):
         TypeError: for an unknown option, and for what is no image.
         ValueError: for an option or an image out of range.
     """
-    options = _options(options)
+    chosen = _options(options)
     one = isinstance(images, (str, os.PathLike)) or hasattr(images, "convert") or not hasattr(images, "__iter__")
     if one or 0 < getattr(images, "ndim", 0) < 4:
-        points = None if options.input_points is None else [options.input_points]
-        return next(_results(model, [images], points, options))
-    results = _results(model, images, options.input_points, options)
+        points = None if chosen.input_points is None else [chosen.input_points]
+        return next(_results(model, [images], points, chosen))
+    results = _results(model, images, chosen.input_points, chosen)
     return list(results) if isinstance(images, (list, tuple)) or hasattr(images, "ndim") else results
 
 
@@ -181,7 +187,7 @@ def _results(model, images, points, options):
     images = iter(images)
     points = itertools.repeat(None) if points is None else iter(points)
     jobs = (crop for image in images for crop in _crops(image, next(points, None), options, model.config))
-    with logging.tqdm(total=total, unit="point", delay=3, disable=not options.progress) as bar:
+    with logging.tqdm(total=total, desc="segment", unit="point", delay=3, disable=not options.progress) as bar:
         found = []
         while batch := list(itertools.islice(jobs, options.batch_size)):
             embeddings = _encode(model, batch, options)
@@ -204,7 +210,7 @@ class _Crop:
     top: int
     full_size: tuple[int, int]
     points: torch.Tensor
-    resized: tuple[int, int]  # its size inside the model's padded input
+    resized: tuple[int, ...]  # (height, width), its size inside the model's padded input
     is_last: bool = False
 
 
@@ -226,7 +232,7 @@ def _crops(image, input_points, options, config):
                     raise ValueError(f"input_points must be (N, 2) per image, got {tuple(points.shape)}")
                 points = points - torch.tensor([left, top])
                 points = points[((points >= 0) & (points < sides)).all(1)] if layer else points
-            rows, columns = _input_size(config)
+            rows, columns = (config.vision_config.patch_size * side for side in config.vision_config.grid)
             scale = min(rows / (bottom - top), columns / (right - left))
             resized = tuple(max(1, int(side * scale + 0.5)) for side in (bottom - top, right - left))
             found.append(_Crop(pixels[:, top:bottom, left:right], left, top, (height, width), points, resized))
@@ -265,11 +271,6 @@ def _point_grid(layer, options):
     return torch.stack([side.repeat(number), side.repeat_interleave(number)], dim=-1)
 
 
-def _input_size(config):
-    size = config.vision_config.image_size
-    return (size, size) if isinstance(size, int) else tuple(size)
-
-
 # The model
 
 
@@ -290,8 +291,7 @@ def inference(model):
 def _encode(model, crops, options):
     """The image embeddings (B, C, H, W) of crops, resized on bytes as transformers' processor does."""
     mean, std = (torch.tensor(values)[:, None, None] * 255 for values in (options.image_mean, options.image_std))
-    rows, columns = _input_size(model.config)
-    pixel_values = torch.zeros(len(crops), 3, rows, columns)  # (B, 3, rows, columns), and no second copy of it
+    pixel_values = torch.zeros(len(crops), *model.vision_encoder.patch_embed.expected_shape)  # no second copy of it
     for image, crop in zip(pixel_values, crops, strict=True):
         resized = crop.pixels
         if resized.shape[1:] != crop.resized:
@@ -318,10 +318,11 @@ class _Found:
 def _decode(model, crop, embedding, options, bar):
     """The masks of a crop's points that pass the filters, in the points' order."""
     found, device = [], embedding.device
-    (height, width), (rows, columns) = crop.pixels.shape[1:], _input_size(model.config)
-    patch = model.config.vision_config.patch_size
-    down = Axis(4 * rows // patch, rows, crop.resized[0], height, device)
-    across = Axis(4 * columns // patch, columns, crop.resized[1], width, device)
+    (height, width), patch = crop.pixels.shape[1:], model.config.vision_config.patch_size
+    rows, columns = model.config.vision_config.grid
+    down = Axis(4 * rows, patch * rows, crop.resized[0], height, device)
+    across = Axis(4 * columns, patch * columns, crop.resized[1], width, device)
+    positions = model.get_image_wide_positional_embeddings()
     ratio = torch.tensor([crop.resized[1] / width, crop.resized[0] / height])
     corner = torch.tensor([crop.left, crop.top])
     limit = DECODED_BYTES // (12 * down.matrix.shape[1] * across.matrix.shape[1])  # three masks in float32
@@ -329,12 +330,11 @@ def _decode(model, crop, embedding, options, bar):
         if not len(points):
             continue
         with inference(model):
-            prompts = (points * ratio).to(device)[None, :, None]  # (1, P, 1, 2)
-            output = model(input_points=prompts, image_embeddings=embedding, multimask_output=True)
-            masks, scores = output.pred_masks[0], output.iou_scores[0]  # (P, M, 4 * H, 4 * W), (P, M)
-            del output  # and the masks below, before the next are decoded
-            per_point = scores.shape[1]
-            masks, scores = masks.flatten(0, 1), scores.flatten().float()
+            prompts = model.get_prompt_embeddings((points * ratio).to(device)[None, :, None])  # of (1, P, 1, 2)
+            least = options.pred_iou_thresh if options.pred_iou_thresh > 0 else None
+            masks, scores, _ = model.mask_decoder(embedding, positions, *prompts, True, least_iou=least)
+            per_point = scores.shape[2]
+            masks, scores = masks[0].flatten(0, 1), scores.flatten().float()  # (P * M, 4 * H, 4 * W), (P * M,)
             if options.pred_iou_thresh > 0:
                 kept = (scores > options.pred_iou_thresh).nonzero()[:, 0]
                 masks, scores = masks[kept], scores[kept]
@@ -342,7 +342,7 @@ def _decode(model, crop, embedding, options, bar):
                 kept = torch.arange(len(scores))
             limits = options.mask_threshold, options.stability_score_offset
             edges, stability = run_edges(masks, down, across, (crop.left, crop.top), crop.full_size[0], *limits)
-            del masks
+            del masks  # before the next are decoded
         places = (points + corner)[kept.cpu() // per_point]
         for mask, score, stable, place in zip(edges, scores.tolist(), stability, places.tolist(), strict=True):
             if options.stability_score_thresh > 0 and not stable > options.stability_score_thresh:

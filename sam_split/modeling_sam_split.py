@@ -13,12 +13,13 @@ Shapes: `B` images, `P` prompts per image, `N` points per prompt, `T` tokens per
 per prompt, `H W` rows and columns of the token grid, `C` channels, `D` channels per head, `S` side of a window in
 tokens. Points and boxes are (x, y) in pixels of the resized, padded input; sizes are (height, width).
 
-This file and the six that it imports are copied into each saved model folder. They import torch, transformers and the
-standard library, and read no network, no environment and no file but the images that `generate_masks` is given.
+This file and the seven that it imports are copied into each saved model folder. They import torch, transformers and
+the standard library, and read no network, no environment and no file but the images that `generate_masks` is given.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,16 +29,16 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
-from .attention_sam_split import can_fold, in_pieces, matmul_shared, on_cpu, rows_by_head, softmax, vision_attention
+from .attention_sam_split import in_pieces, on_cpu, rows_by_head, softmax, vision_attention
 from .checks_sam_split import CompleteLoading, InputCheck, check_device, check_keywords, check_values
 from .configuration_sam_split import SamSplitConfig, SamSplitVisionConfig
+from .products_sam_split import affine, can_fold, linear, product, product_shared
 
 # Tokens in an MLP of the image encoder at once on a CPU, so that its wide activations stay in cache. Less than 512: a
 # freed block of the next power of two can then hold them.
 TOKENS_AT_ONCE = 500
 
-# The label of pixels that count neither as object nor as background, torch's usual ignore_index. Not 255: a mask read
-# from a PNG would pass for void wherever there is an object.
+# Neither object nor background: torch's usual ignore_index, not 255, or the objects of a mask in a PNG would be void.
 VOID_LABEL = -100
 
 POINT_LABELS = {1: "foreground", 0: "background", -1: "not a point", -10: "padding"}
@@ -101,7 +102,7 @@ class SamSplitMLPBlock(nn.Module):
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states):
-        return self.lin2(self.act(self.lin1(hidden_states)))
+        return linear(self.lin2, self.act(linear(self.lin1, hidden_states)))
 
 
 class SamSplitPatchEmbeddings(nn.Module):
@@ -153,13 +154,13 @@ class SamSplitVisionAttention(nn.Module):
         if self.window_size:  # one zero token stands for all padding, and passes through q, k, v and their adapters
             tokens = F.pad(tokens, (0, 0, 0, 1))  # (B, H * W + 1, C)
         # Tensor parallelism leaves only some of the heads here.
-        q, k, v = (layer(tokens).unflatten(-1, (-1, self.head_dim)) for layer in (self.q, self.k, self.v))
+        q, k, v = (linear(layer, tokens).unflatten(-1, (-1, self.head_dim)) for layer in (self.q, self.k, self.v))
         implementation = self.config._attn_implementation or "sdpa"
         dropout = self.config.attention_dropout if self.training else 0.0
         context, weights = vision_attention(
             q, k, v, self._tables(q), grid, self.window_size, self.scale, implementation, dropout, output_attentions
         )  # (B, H * W, heads, D)
-        return self.proj(context.flatten(2)).unflatten(1, grid), weights
+        return linear(self.proj, context.flatten(2)).unflatten(1, grid), weights
 
     def _tables(self, like):
         """The relative positions of rows and columns; zeros add nothing."""
@@ -181,10 +182,8 @@ class SamSplitVisionLayer(GradientCheckpointingLayer):
         hidden_states = hidden_states + attended
         if not on_cpu(hidden_states):
             return hidden_states + self.mlp(self.layer_norm2(hidden_states)), weights
-        pieces = [
-            tokens + self.mlp(self.layer_norm2(tokens))
-            for tokens in hidden_states.flatten(0, -2).split(TOKENS_AT_ONCE)
-        ]
+        pieces = hidden_states.flatten(0, -2).split(TOKENS_AT_ONCE)
+        pieces = [tokens + self.mlp(self.layer_norm2(tokens)) for tokens in pieces]
         return torch.cat(pieces).view_as(hidden_states), weights
 
 
@@ -399,11 +398,11 @@ class SamSplitAttention(nn.Module):
         Returns:
             (B, P, T, C).
         """
-        scores = self._scores(*self._rows(self.q_proj(query), key[1]), key[0])
+        scores = self._scores(key[0], *self._rows(self.q_proj(query), key[1]))
         if similarity is not None:
             scores = scores + similarity
         weights = softmax(scores, -1).flatten(2, 3)  # (B, P, heads * T, H * W)
-        averages = matmul_shared(weights, image)  # (B, P, heads * T, C)
+        averages = product_shared(weights, image)  # (B, P, heads * T, C)
         values = self.v_proj(averages).unflatten(2, (-1, query.shape[2])).unflatten(-1, (self.num_attention_heads, -1))
         own = values.diagonal(dim1=2, dim2=4)  # (B, P, T, D, heads), each head's own channels of its own average
         return self.out_proj(own.transpose(-1, -2).flatten(-2))
@@ -418,7 +417,7 @@ class SamSplitAttention(nn.Module):
         # The last row is a zero token's, the layer's bias. Each head's weights sum to one, so each adds a share of it.
         values, bias = self.out_proj(F.pad(values, (0, 0, 0, 1))).split([values.shape[2], 1], dim=2)
         values = values - bias * (1 - 1 / self.num_attention_heads)
-        return lambda query: softmax(self._scores(*rows, query), -2).flatten(2, 3).transpose(-1, -2) @ values
+        return lambda query: product(softmax(self._scores(query, *rows), -2).flatten(2, 3).transpose(-1, -2), values)
 
     def _rows(self, tokens, layer):
         """Projected tokens (B, P, T, inner) as rows, what to add to their scores, and the layer left for the image.
@@ -431,9 +430,9 @@ class SamSplitAttention(nn.Module):
             return rows @ layer.weight, (rows @ layer.bias)[..., None], nn.Identity()
         return rows, 0, layer
 
-    def _scores(self, rows, bias, layer, image):
-        """Scores (B, P, heads, T, H * W) of what `_rows` returns and the image (B, P or 1, H * W, C)."""
-        scores = matmul_shared(rows, layer(image).transpose(-1, -2)) + bias
+    def _scores(self, image, rows, bias, layer):
+        """Scores (B, P, heads, T, H * W) of the image (B, P or 1, H * W, C) and what `_rows` returns."""
+        scores = product_shared(rows, layer(image).transpose(-1, -2)) + bias
         return scores.unflatten(2, (self.num_attention_heads, -1))
 
 
@@ -563,7 +562,7 @@ class SamSplitUpscaling(nn.ConvTranspose2d):
     def forward(self, hidden_states):
         """(..., C) to (..., 2 * 2, C / k), the children in reading order."""
         weight = self.weight.permute(2, 3, 1, 0).flatten(0, 2)  # (2 * 2 * C / k, C)
-        return F.linear(hidden_states, weight, self.bias.repeat(4)).unflatten(-1, (4, -1))
+        return affine(hidden_states, weight, self.bias.repeat(4)).unflatten(-1, (4, -1))
 
 
 class SamSplitMaskDecoder(nn.Module):
@@ -598,6 +597,7 @@ class SamSplitMaskDecoder(nn.Module):
         attention_similarity=None,
         target_embedding=None,
         output_attentions=False,
+        least_iou=None,
     ):
         """Decode all prompts, a bounded number at a time.
 
@@ -610,6 +610,7 @@ class SamSplitMaskDecoder(nn.Module):
             attention_similarity: broadcast to (B * P, heads, T, H * W), or None.
             target_embedding: broadcast to (B, P, T, C), or None.
             output_attentions: whether to return what the tokens add to the image.
+            least_iou: without gradients, prompts with no predicted IoU above it get masks of zeros, at no cost.
 
         Returns:
             masks (B, P, M, 4 * H, 4 * W), their predicted IoU (B, P, M), and a tuple of (B * P, 1, H * W, C) or None.
@@ -640,19 +641,18 @@ class SamSplitMaskDecoder(nn.Module):
             part_tokens, part_image, part_added = self.transformer(
                 tokens[:, part], *(_take(x, part) for x in inputs), image_positions, 1 + wanted.stop, output_attentions
             )
-            part_masks = self._masks(part_tokens, part_image, grid, wanted)
+            ious.append(self.iou_prediction_head(part_tokens[:, :, 0])[:, :, wanted.start : wanted.stop])
+            kept = slice(None) if least_iou is None else (ious[-1] > least_iou).any(-1).any(0).nonzero()[:, 0]
+            part_masks = self._masks(part_tokens[:, kept], part_image[:, kept], grid, wanted)
             if torch.is_grad_enabled():
                 masks.append(part_masks)
             else:  # into their place at once: all parts beside their concatenation would be twice the memory
-                masks = masks or [part_masks.new_empty(batch, prompts, *part_masks.shape[2:])]
-                masks[0][:, part] = part_masks
-            ious.append(self.iou_prediction_head(part_tokens[:, :, 0])[:, :, wanted.start : wanted.stop])
-            if output_attentions:
-                added.append(part_added)
+                masks = masks or [part_masks.new_zeros(batch, prompts, *part_masks.shape[2:])]
+                masks[0][:, part][:, kept] = part_masks
+            added.extend([part_added] * output_attentions)
         if output_attentions:
             added = tuple(torch.cat(block, dim=1).flatten(0, 1)[:, None] for block in zip(*added, strict=True))
-        masks = torch.cat(masks, dim=1) if len(masks) > 1 else masks[0]
-        return masks, torch.cat(ious, dim=1), added if output_attentions else None
+        return torch.cat(masks, dim=1) if len(masks) > 1 else masks[0], torch.cat(ious, dim=1), added or None
 
     def _tokens(self, sparse_prompt_embeddings, batch, device):
         """The IoU token, the mask tokens and the prompt's own: (B, P, 1 + masks + prompt tokens, C)."""
@@ -698,17 +698,19 @@ def _with_prompt_axis(similarity, batch, prompts):
     return similarity[None] if similarity.shape[0] == 1 else similarity.unflatten(0, (batch, prompts))
 
 
-def segmentation_loss(masks: torch.Tensor, ious: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """SAM's training loss: 20 * focal + dice of the best mask, and the squared error of all predicted IoUs.
+def segmentation_loss(
+    masks: torch.Tensor, ious: torch.Tensor, labels: torch.Tensor, focal: float = 20, iou_power: float = 2
+) -> torch.Tensor:
+    """SAM's training loss: focal * focal loss + dice of the best mask, and the squared error of all predicted IoUs.
 
     Labels finer than the masks are averaged over each mask pixel, which leaves shares between 0 and 1 at an object's
-    edge; pixels with `VOID_LABEL` take no part. A prompt whose labels are void everywhere is padding and counts
-    nothing.
+    edge; pixels with `VOID_LABEL` take no part, and a prompt whose labels are void everywhere counts nothing.
 
     Args:
-        masks: (B, P, M, h, w), logits.
-        ious: (B, P, M), predicted.
+        masks, ious: (B, P, M, h, w), logits, and (B, P, M), predicted.
         labels: (B, P, h, w) or (B, P, n * h, n * w), 0, 1 or `VOID_LABEL`.
+        focal: weight of the focal loss. At 0 edges stay steep, so masks stay stable; calibrated ones are soft.
+        iou_power: of the error of predicted IoUs: 2 teaches their mean, and 1, as in SAM 2, their median.
 
     Returns:
         (), in float32 at least: the mean over the prompts that are not padding, 0 if there is none.
@@ -725,20 +727,18 @@ def segmentation_loss(masks: torch.Tensor, ious: torch.Tensor, labels: torch.Ten
     20.5
     """
     masks, ious = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (masks, ious))
-    valid = (labels != VOID_LABEL).to(masks.dtype)
-    size = masks.shape[-2:]
+    valid, size = (labels != VOID_LABEL).to(masks.dtype), masks.shape[-2:]
     weight = F.adaptive_avg_pool2d(valid, size)  # (B, P, h, w), the share of each mask pixel that is not void
     inside = F.adaptive_avg_pool2d(labels.to(masks.dtype) * valid, size)
     target = (inside / weight.clamp(min=torch.finfo(weight.dtype).tiny))[:, :, None]  # (B, P, 1, h, w)
-    real = weight.flatten(2).sum(-1) > 0  # (B, P)
-    weight = weight[:, :, None]
+    real, weight = weight.flatten(2).sum(-1) > 0, weight[:, :, None]  # (B, P) and (B, P, 1, h, w)
     pixels = weight.flatten(3).sum(-1).clamp(min=1)  # (B, P, 1)
 
     p = masks.sigmoid()  # (B, P, M, h, w)
     p_t = p * target + (1 - p) * (1 - target)
     alpha_t = 0.25 * target + 0.75 * (1 - target)
     cross_entropy = F.binary_cross_entropy_with_logits(masks, target.expand_as(masks), reduction="none")
-    focal = (weight * alpha_t * (1 - p_t) ** 2 * cross_entropy).flatten(3).sum(-1) / pixels  # (B, P, M)
+    focal_loss = (weight * alpha_t * (1 - p_t) ** 2 * cross_entropy).flatten(3).sum(-1) / pixels  # (B, P, M)
 
     intersection = (weight * p * target).flatten(3).sum(-1)
     dice = 1 - (2 * intersection + 1) / ((weight * (p + target)).flatten(3).sum(-1) + 1)
@@ -748,7 +748,7 @@ def segmentation_loss(masks: torch.Tensor, ious: torch.Tensor, labels: torch.Ten
         union = (weight * torch.maximum(predicted, wanted)).flatten(3).sum(-1)
         true_ious = (weight * predicted * wanted).flatten(3).sum(-1) / union.clamp(min=1)
 
-    per_prompt = (20 * focal + dice).amin(-1) + (ious - true_ious).square().mean(-1)  # (B, P)
+    per_prompt = (focal * focal_loss + dice).amin(-1) + ((ious - true_ious).abs() ** iou_power).mean(-1)  # (B, P)
     return torch.where(real, per_prompt, 0).sum() / real.sum().clamp(min=1)
 
 
@@ -816,8 +816,8 @@ class SamSplitVisionModel(SamSplitPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        **kwargs,
-    ) -> SamSplitVisionEncoderOutput | tuple:
+        **kwargs: object,
+    ) -> SamSplitVisionEncoderOutput | tuple[torch.Tensor, ...]:
         """Encode images.
 
         Args:
@@ -925,8 +925,8 @@ class SamSplitModel(SamSplitPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        **kwargs,
-    ) -> SamSplitImageSegmentationOutput | tuple:
+        **kwargs: object,
+    ) -> SamSplitImageSegmentationOutput | tuple[torch.Tensor, ...]:
         """Segment what the prompts point at.
 
         Args:
@@ -990,7 +990,7 @@ class SamSplitModel(SamSplitPreTrainedModel):
         )
         return output if _default(return_dict, self.config, "return_dict") else output.to_tuple()
 
-    def generate_masks(self, images, **options):
+    def generate_masks(self, images: object, **options: object) -> Any:
         """Segment everything: points all over each image, and every good mask once.
 
         Arguments, results and errors are those of `mask_generation_sam_split.generate_masks`.

@@ -4,7 +4,9 @@ import pytest
 import torch
 from models import draw
 
+from sam_split import attention_sam_split as attention
 from sam_split.attention_sam_split import TILE_SCORES_CPU, attention_path, kernel_widths, on_cpu, vision_attention
+from sam_split.products_sam_split import product
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
@@ -49,13 +51,12 @@ def test_pieces_are_for_a_cpu(tensor, expected):
 def test_an_accelerator_takes_all_windows_in_one_tile(monkeypatch):
     """25 windows of 14 x 14 tokens and 12 heads, ViT-B's: one product where a CPU's caches want many."""
     products = []
-    original = torch.bmm
-    monkeypatch.setattr(torch, "bmm", lambda *args, **kwargs: products.append(1) or original(*args, **kwargs))
+    monkeypatch.setattr(attention, "product", lambda *args, **kwargs: products.append(1) or product(*args, **kwargs))
     q, k, v = (draw(1, 64 * 64 + 1, 12, 4, seed=seed) for seed in (1, 2, 3))
     tables = draw(27, 4, seed=4), draw(27, 4, seed=5)
     calls = []
     for on_a_cpu in (True, False):
-        monkeypatch.setattr("sam_split.attention_sam_split.on_cpu", lambda tensor, answer=on_a_cpu: answer)
+        monkeypatch.setattr(attention, "on_cpu", lambda tensor, answer=on_a_cpu: answer)
         calls.append(vision_attention(q, k, v, tables, (64, 64), 14, 0.5)[0])
         products.append("next")
     first = products.index("next")

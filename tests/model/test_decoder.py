@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conversion import split_state_dict
 from sam_split import SamSplitConfig, SamSplitModel
-from sam_split import attention_sam_split as attention
 from sam_split import modeling_sam_split as modeling
+from sam_split import products_sam_split as products
 
 # Stock's gradients do not survive its target embedding; test_parity.py has that.
 KINDS = [kind for kind, inputs in PROMPT_KINDS.items() if "target_embedding" not in inputs]
@@ -40,7 +40,7 @@ def fold(monkeypatch):
     folded = []
 
     def can_fold(layer, rows):
-        folded.append(attention.can_fold(layer, 1))
+        folded.append(products.can_fold(layer, 1))
         return folded[-1]
 
     monkeypatch.setattr(modeling, "can_fold", can_fold)
@@ -137,14 +137,14 @@ NOT_PLAIN = [
 @pytest.mark.parametrize("change", NOT_PLAIN, ids=lambda change: change.__name__)
 def test_only_plain_layers_fold(change):
     layer = nn.Linear(32, 16)
-    assert attention.can_fold(layer, 14)
-    assert not attention.can_fold(change(layer), 14)
+    assert products.can_fold(layer, 14)
+    assert not products.can_fold(change(layer), 14)
 
 
 def test_folds_only_where_it_is_less_work():
     """One place costs rows * 32 multiplications folded, 32 * 16 + rows * 16 otherwise."""
-    assert attention.can_fold(nn.Linear(32, 16), 31)
-    assert not attention.can_fold(nn.Linear(32, 16), 32)
+    assert products.can_fold(nn.Linear(32, 16), 31)
+    assert not products.can_fold(nn.Linear(32, 16), 32)
 
 
 @torch.no_grad()
@@ -175,3 +175,25 @@ def test_prompts_at_once_by_bytes(dtype, images, limit):
     image = torch.zeros(images, 1, 4096, 256, dtype=dtype)
     parts = modeling._parts(9, image)
     assert parts == [slice(start, start + limit) for start in range(0, 9, limit)]
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 100])
+@torch.no_grad()
+def test_only_masks_worth_it_are_upscaled(ours, monkeypatch, at_once):
+    """A prompt none of whose predicted IoUs exceeds the least one gets zeros, for no work; the others are the same."""
+    points = torch.rand(1, 9, 1, 2, generator=torch.Generator().manual_seed(0)) * 64
+    embedding, positions = ours.get_image_embeddings(pixels()[:1]), ours.get_image_wide_positional_embeddings()
+    inputs = embedding, positions, *ours.get_prompt_embeddings(points), True
+    masks, ious, _ = ours.mask_decoder(*inputs)
+    least = ious.amax(-1)[0].sort().values[4:6].mean()
+    worth = (ious > least).any(-1)[0]
+    assert worth.sum() == 4
+
+    upscaled = []
+    ours.mask_decoder.upscale_conv1.register_forward_pre_hook(lambda module, args: upscaled.append(len(args[0][0])))
+    monkeypatch.setattr(modeling, "PROMPTS_BYTES_CPU", at_once * embedding.nbytes)
+    found, same_ious, _ = ours.mask_decoder(*inputs, least_iou=float(least))
+    torch.testing.assert_close(found[:, worth], masks[:, worth])
+    assert not found[:, ~worth].any()
+    torch.testing.assert_close(same_ious, ious)
+    assert sum(upscaled) == 4

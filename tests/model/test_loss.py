@@ -10,7 +10,7 @@ from sam_split.modeling_sam_split import VOID_LABEL, segmentation_loss
 SIDE = 4 * GRID
 
 
-def reference_loss(masks, ious, labels):
+def reference_loss(masks, ious, labels, focal_weight=20, iou_power=2):
     """The loss in float64, one prompt, one mask and one pixel at a time, from its definition.
 
     Source: Segment Anything (arXiv 2304.02643), appendix A, with DETR's focal and dice losses.
@@ -41,9 +41,9 @@ def reference_loss(masks, ious, labels):
                     both, either = both + w * inside * t, either + w * (inside + t)
                     hits += w * ((logit > 0).item() and t > 0.5)
                     union += w * ((logit > 0).item() or t > 0.5)
-                loss = 20 * focal / max(sum(weight.values()), 1) + 1 - (2 * both + 1) / (either + 1)
+                loss = focal_weight * focal / max(sum(weight.values()), 1) + 1 - (2 * both + 1) / (either + 1)
                 best = loss if best is None or loss < best else best
-                errors.append((ious[b, p, m] - hits / max(union, 1)) ** 2)
+                errors.append(abs(ious[b, p, m] - hits / max(union, 1)) ** iou_power)
             per_prompt.append(best + sum(errors) / number)
     return sum(per_prompt) / max(len(per_prompt), 1)
 
@@ -58,13 +58,15 @@ def small(size: int, *, seed: int = 0):
     return masks.requires_grad_(), ious.requires_grad_(), labels
 
 
-@pytest.mark.parametrize("size", [6, 12, 24])
-def test_value_and_gradients(size):
+@pytest.mark.parametrize(
+    ("size", "weight"), [(6, {}), (12, {}), (24, {}), (12, {"focal": 0, "iou_power": 1}), (12, {"focal": 3.5})]
+)
+def test_value_and_gradients(size, weight):
     masks, ious, labels = small(size)
-    theirs = reference_loss(masks, ious, labels)
+    theirs = reference_loss(masks, ious, labels, *weight.values())
     expected = torch.autograd.grad(theirs, (masks, ious))
 
-    ours = segmentation_loss(masks, ious, labels)
+    ours = segmentation_loss(masks, ious, labels, **weight)
     assert ours.shape == ()
     assert ours.dtype == torch.float64
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
@@ -72,9 +74,28 @@ def test_value_and_gradients(size):
         assert wanted.abs().max() > 1e-3
         torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-15)
 
-    single = segmentation_loss(masks.float(), ious.float(), labels)
+    single = segmentation_loss(masks.float(), ious.float(), labels, **weight)
     assert single.dtype == torch.float32
     torch.testing.assert_close(single.double(), theirs, rtol=1e-6, atol=0)
+
+
+def test_where_people_disagree_focal_softens_and_dice_does_not():
+    """An edge pixel that three of four people count to the object, and its logit when the loss cannot fall further."""
+    labels = torch.zeros(1, 4, 8, 8)
+    labels[..., 2:6, 2:6] = 1
+    labels[:, 3, 2, 2] = 0
+    logits = torch.linspace(0, 9, 91)
+
+    def best(focal):
+        losses = []
+        for logit in logits:
+            masks = (18 * labels[:, :1] - 9).expand(1, 4, 8, 8).clone()
+            masks[..., 2, 2] = logit
+            losses.append(segmentation_loss(masks[:, :, None], torch.ones(1, 4, 1), labels, focal).item())
+        return logits[torch.tensor(losses).argmin()]
+
+    assert best(focal=20) < 1
+    assert best(focal=0) == 9
 
 
 def test_only_the_best_mask_is_pulled():

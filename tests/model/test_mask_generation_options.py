@@ -140,6 +140,9 @@ def test_images_that_are_refused(image, message):
         ({"pred_iou_tresh": 0.5}, TypeError, "'pred_iou_tresh' is no option .* did you mean 'pred_iou_thresh'"),
         ({"colour": 1}, TypeError, "it takes points_per_batch, points_per_crop"),
         ({"points_per_batch": 0}, ValueError, "points_per_batch must be an integer of at least 1, got 0"),
+        ({"pred_iou_thresh": "0.9"}, ValueError, "pred_iou_thresh must be a number, got '0.9'"),
+        ({"stability_score_thresh": float("nan")}, ValueError, "stability_score_thresh must be a number, got nan"),
+        ({"mask_threshold": None}, ValueError, "mask_threshold must be a number, got None"),
         ({"points_per_crop": 2.5}, ValueError, "points_per_crop must be an integer"),
         ({"crops_n_layers": -1}, ValueError, "crops_n_layers must be an integer of at least 0"),
         ({"batch_size": True}, ValueError, "batch_size must be an integer"),
@@ -362,7 +365,7 @@ def test_progress(monkeypatch, capsys):
     monkeypatch.setattr(logging, "tqdm", bar)
     generate()
     generate([COFFEE, COFFEE], crops_n_layers=1, progress=False)
-    assert made[0]["total"] == 16
+    assert (made[0]["desc"], made[0]["unit"], made[0]["total"]) == ("segment", "point", 16)
     assert not made[0]["disable"]
     assert made[0]["delay"] > 0
     assert made[1]["total"] == 2 * (1 + 4) * 16

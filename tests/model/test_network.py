@@ -1,6 +1,6 @@
 """The released ViT-B through our converter meets the scores that transformers' own tests publish.
 
-Opt-in, because it downloads 375 MB from the Hugging Face Hub: `pytest -m network`.
+Opt-in, because it downloads 375 MB from the Hugging Face Hub: `nox -s network`.
 """
 
 import io

@@ -15,7 +15,7 @@ from benchmarks import meters, report, rounds
 from benchmarks.cases import MODELS, REFERENCE, TARGETS, TITLES, Case, Target, cases
 from benchmarks.results import Results, Run
 from benchmarks.tasks import PADDINGS, Tasks
-from sam_split import CODE_FILES, attention_sam_split
+from sam_split import CODE_FILES, attention_sam_split, products_sam_split
 
 ROOT = Path(__file__).parents[2]
 ENCODER = next(case for case in cases(["vit_b"], ["float32"], [1]) if case.name.startswith("encoder-b1"))
@@ -40,8 +40,9 @@ def run(*arguments, out):
 
 
 @pytest.mark.parametrize("case", ["encoder-b1", "decoder-64", "lora-b1"])
-def test_peers_compute_the_same(case, tmp_path):
+def test_peers_compute_the_same(case, tmp_path, monkeypatch):
     """Otherwise a ratio between them would mean nothing. torch.compile is left to a run that asks for it."""
+    monkeypatch.setattr(products_sam_split, "ONEDNN", False)  # whose operations torch does not count
     outputs = {}
     for peer in TINY[case].peers:
         tasks = Tasks(asdict(TINY[case]), peer, "cpu", tmp_path)
@@ -295,6 +296,17 @@ def test_stored_runs_are_whole():
     assert report.markdown(results, "cpu.png") == (folder / "cpu.md").read_text(encoding="utf-8")
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\d( [b-z])?", label) for label in results.labels())
     assert all(run.cases or run.told for run in results.runs)
+
+
+def test_pages_quote_the_rows_of_their_titles(tmp_path, monkeypatch):
+    """Each row in the place of the one with its title; other tables and text stay."""
+    results, page = Results.read(ROOT / "benchmarks/results/cpu.json"), tmp_path / "page.md"
+    head, _, row, *_ = report.summary(results).splitlines()
+    text = f"# Page\n\n{head}\n|---|---|---|\n{row}\n\n| another | table |\n|---|---|\n| 1 | 2 |\n"
+    page.write_text(text.replace(row, f"|{row.split('|')[1]}| 9.99 | - |"))
+    monkeypatch.setattr(command, "QUOTING", [page])
+    command.quote(results)
+    assert page.read_text() == text
 
 
 @pytest.mark.parametrize(
