@@ -50,26 +50,32 @@ class StockModel(SamModel):
         return output
 
 
+def fit(base, data, out, settings):
+    """As `sam_split.training.finetuning.fit`, with stock's model."""
+    out.mkdir(parents=True)
+    processor = AutoProcessor.from_pretrained(base)
+    examples = read_examples(data, settings)
+    with tempfile.TemporaryDirectory() as folder:
+        fuse(base, Path(folder) / "stock", progress=False)
+        model = StockModel.from_pretrained(Path(folder) / "stock")
+    config = LoraConfig(r=settings.rank, lora_alpha=2 * settings.rank, target_modules=FUSED)
+    arguments, collate = training_arguments(out, settings), SamSplitCollator(processor)
+    costs = train(model, config, examples, collate, arguments, settings, out / "fused")
+    split_adapter(out / "fused", out / "adapter", base=base)
+    shutil.copy(out / "fused" / "README.md", out / "adapter")
+    results = {**about(base, data, out, settings, examples), **costs}
+    return {"processor": processor, "examples": examples[1], "results": results}
+
+
 def main(words):
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
     finetune.add_parser(parser.add_subparsers())
     args = parser.parse_args(["finetune", *words])
     settings = replace(finetune.settings_of(args, "encoder"), preset="fused")
     out = Path(args.out)
-    out.mkdir(parents=True)
-    processor = AutoProcessor.from_pretrained(args.base)
-    examples = read_examples(args.data, settings)
-    with tempfile.TemporaryDirectory() as folder:
-        fuse(args.base, Path(folder) / "stock", progress=False)
-        model = StockModel.from_pretrained(Path(folder) / "stock")
-    config = LoraConfig(r=settings.rank, lora_alpha=2 * settings.rank, target_modules=FUSED)
-    arguments, collate = training_arguments(out, settings), SamSplitCollator(processor)
-    costs = train(model, config, examples, collate, arguments, settings, out / "fused")
-    split_adapter(out / "fused", out / "adapter", base=args.base)
-    shutil.copy(out / "fused" / "README.md", out / "adapter")
-    results = {**about(args.base, args.data, out, settings, examples), **costs}
-    results["command"] = shlex.join(["python", "-m", "benchmarks.fused_adapter", *words])
-    measure(args.base, processor, examples[1], out, results, settings)
+    trained = fit(args.base, args.data, out, settings)
+    trained["results"]["command"] = shlex.join(["python", "-m", "benchmarks.fused_adapter", *words])
+    measure(args.base, out, settings, **trained)
 
 
 if __name__ == "__main__":

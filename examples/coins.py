@@ -32,8 +32,8 @@ def coin_masks(image):
     return found * np.isin(found, [region.label for region in measure.regionprops(found) if region.area >= 300])
 
 
-def save_crops(image, objects, out, smallest, **columns):
-    """Five rows of crops as `out`/PART/images and masks, without objects of fewer than `smallest` pixels.
+def save_crops(image, objects, out, smallest, side=SIDE, rows=5, **columns):
+    """Rows of square crops as `out`/PART/images and masks, without objects of fewer than `smallest` pixels.
 
     Args:
         image: (height, width), uint8.
@@ -43,9 +43,9 @@ def save_crops(image, objects, out, smallest, **columns):
     for part, lefts in columns.items():
         for kind in ("images", "masks"):
             (out / part / kind).mkdir(parents=True)
-        for y in np.linspace(0, image.shape[0] - SIDE, 5).astype(int):
+        for y in np.linspace(0, image.shape[0] - side, rows).astype(int):
             for x in lefts:
-                crop = np.s_[y : y + SIDE, x : x + SIDE]
+                crop = np.s_[y : y + side, x : x + side]
                 values, areas = np.unique(objects[crop], return_counts=True)
                 large = values[(values > 0) & (areas >= smallest)]
                 mask = sum(np.uint8(number) * (objects[crop] == value) for number, value in enumerate(large, start=1))

@@ -12,6 +12,7 @@ from peft import get_peft_model
 from torch.utils.data import DataLoader
 from transformers import AutoModel, AutoProcessor
 
+from sam_split import segmentation_loss
 from sam_split.training import (
     SamSplitCollator,
     evaluate,
@@ -37,7 +38,9 @@ def main(base, data, out, epochs=4, rate=3e-3):
             # Encoded once: prompts are simulated on the embedding, and the loss's gradient goes through it.
             embeddings = model.get_image_embeddings(batch["pixel_values"].to(device))
             prompts, labels = training_prompts(model, embeddings.detach(), batch["labels"].to(device))
-            loss = model(image_embeddings=embeddings, **prompts, labels=labels).loss
+            outputs = model(image_embeddings=embeddings, **prompts)
+            # `model(..., labels=labels).loss` has the focal loss as well, which softens edges.
+            loss = segmentation_loss(outputs.pred_masks, outputs.iou_scores, labels, focal=0, iou_power=1)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -1,5 +1,8 @@
 """Ragged examples to one batch for the model."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -25,7 +28,7 @@ class SamSplitCollator:
         processor: the model's `SamProcessor`, or its image processor.
     """
 
-    def __init__(self, processor):
+    def __init__(self, processor: Any):
         self.image_processor = getattr(processor, "image_processor", processor)
         if not callable(self.image_processor):
             raise TypeError(
@@ -33,7 +36,7 @@ class SamSplitCollator:
                 "with SamProcessor.from_pretrained"
             )
 
-    def __call__(self, examples):
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """A batch: `pixel_values` and, as far as given, `labels`, `input_boxes`, `input_points` and `input_labels`.
 
         Labels are (B, P, height, width) int8 like `pixel_values`, and void where an image was padded. Prompts that an
@@ -95,9 +98,23 @@ def _padded(tensor, length, value):
     return torch.cat([tensor, tensor.new_full((length - len(tensor), *tensor.shape[1:]), value)])
 
 
+def vanished(masks, size):
+    """Numbers of the masks (P, height, width) of which no pixel is left in a model's input, (height, width)."""
+    scale = min(side / old for side, old in zip(size, np.shape(masks)[1:], strict=True))
+    if scale >= 1:
+        return []
+    resized = [max(1, int(side * scale + 0.5)) for side in np.shape(masks)[1:]]
+    gone = (_fitted_mask(masks, resized, size, len(masks)) == VOID_LABEL).flatten(1).all(1)
+    return gone.nonzero()[:, 0].tolist()
+
+
 def _fitted_mask(mask, resized, size, prompts):
-    """Labels (prompts, *size) of a mask (P, height, width) that fills `resized` of it, nearest neighbour."""
+    """Labels (prompts, *size) of a mask (P, height, width) that fills `resized` of it, nearest neighbour.
+
+    An object that has no pixel left becomes padding, for no prompt can be made of it.
+    """
     mask = torch.from_numpy(np.asarray(mask).astype(np.int8).view(np.uint8))  # interpolation knows no int8
     mask = F.interpolate(mask[None], tuple(resized), mode="nearest-exact")[0].view(torch.int8)
+    mask[(mask != 1).flatten(1).all(1)] = VOID_LABEL
     mask = F.pad(mask, (0, size[1] - resized[1], 0, size[0] - resized[0]), value=VOID_LABEL)
     return _padded(mask, prompts, VOID_LABEL)

@@ -1,18 +1,19 @@
 """Images and the masks of their objects, from a folder, from COCO's annotations or from a Hugging Face dataset."""
 
-import contextlib
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ..modeling_sam_split import VOID_LABEL
 from .checks import check_example
+from .coco import coco_readers
+from .collator import vanished
 
 
-class Examples(Sequence):
+class Examples(Sequence[dict[str, Any]]):
     """Examples as `SamSplitCollator` takes them, each read when it is asked for.
 
     Args:
@@ -20,14 +21,14 @@ class Examples(Sequence):
         digests: name -> SHA-256 of name, image and masks, as far as they have been read.
     """
 
-    def __init__(self, readers, digests=None):
+    def __init__(self, readers: Mapping[str, Callable[[], tuple[Any, Any]]], digests: Mapping[str, str] | None = None):
         self.readers, self.digests = dict(readers), dict(digests or {})
         self.names = list(self.readers)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> dict[str, Any]:  # type: ignore[override]  # no slices
         name = self.names[index]
         try:
             image, masks = self.readers[name]()
@@ -38,36 +39,55 @@ class Examples(Sequence):
             raise ValueError(f"{name}: {error}; correct or remove it, or pass --skip-bad") from error
         return example
 
-    def usable(self, skip_bad=False):
-        """These examples once each has been read; those that cannot be used raise ValueError or are left out."""
+    def usable(self, skip_bad: bool = False, size: Sequence[int] | None = None) -> "Examples":
+        """These examples once each has been read; those that cannot be used raise ValueError or are left out.
+
+        Args:
+            skip_bad: whether to leave them out.
+            size: (height, width) of a model's input: objects that vanish there cannot be used; None if all can.
+        """
         kept, digests = {}, {}
         for index, name in enumerate(self.names):
             try:
-                digests[name] = _digest(**self[index])
+                example = self[index]
+                if size is not None:
+                    _check_prompts(example["masks"], name, size)
+                digests[name] = _digest(**example)
                 kept[name] = self.readers[name]
             except ValueError as error:
                 if not skip_bad:
                     raise
                 print(f"skipped {error}", file=sys.stderr)
         if not kept:
-            raise ValueError("no image can be used")
+            raise ValueError("no image can be used; add images, or mend what is named above")
         return Examples(kept, digests)
 
-    def digest(self):
+    def digest(self) -> str:
         """SHA-256 of the names, images and masks of all examples, which `usable` has read."""
         return hashlib.sha256("".join(self.digests[name] for name in self.names).encode()).hexdigest()
 
-    def held_out(self, share, seed=0):
+    def held_out(self, share: float, seed: int = 0) -> "tuple[Examples, Examples]":
         """These examples without some, and some: about `share` of all, sampled by `seed`, one at least."""
         if len(self) < 2:
-            raise ValueError(f"at least two images are needed, one of them to test on, got {len(self)}")
+            raise ValueError(
+                f"at least two images are needed, one of them to test on, got {len(self)}; "
+                "add images, or name those to test on with --val"
+            )
         order = np.random.default_rng(seed).permutation(len(self))
         chosen = {self.names[i] for i in order[: max(1, round(share * len(self)))]}
-        parts = (
+        kept, out = (
             {name: reader for name, reader in self.readers.items() if (name in chosen) == of_chosen}
             for of_chosen in (False, True)
         )
-        return tuple(Examples(part, self.digests) for part in parts)
+        return Examples(kept, self.digests), Examples(out, self.digests)
+
+
+def _check_prompts(masks, name, size):
+    if gone := vanished(masks, size):
+        raise ValueError(
+            f"{name}: no prompt can be made for masks {gone}, which have no pixel left at the model's {size[0]} x "
+            f"{size[1]}; cut the image into smaller ones, leave these objects out, or pass --skip-bad"
+        )
 
 
 def _digest(name, image, masks):
@@ -75,7 +95,9 @@ def _digest(name, image, masks):
     return hashlib.sha256(shapes.encode() + image.tobytes() + masks.astype(np.int8).tobytes()).hexdigest()
 
 
-def find_examples(source, split="train", image_column="image", mask_column="mask"):
+def find_examples(
+    source: str | Path, split: str = "train", image_column: str = "image", mask_column: str = "mask"
+) -> Examples:
     """The examples of a folder or a Hugging Face dataset.
 
     Args:
@@ -89,13 +111,13 @@ def find_examples(source, split="train", image_column="image", mask_column="mask
     """
     folder = Path(source)
     if (folder / "annotations.json").is_file():
-        return Examples(_coco_readers(folder))
+        return Examples(coco_readers(folder))
     if (folder / "images").is_dir():
         return Examples(_folder_readers(folder))
     return Examples(_dataset_readers(str(source), split, image_column, mask_column))
 
 
-def object_masks(instances):
+def object_masks(instances: Any) -> np.ndarray:
     """Masks (P, height, width) of a map in which 0 is background and every other value one object."""
     instances = np.asarray(instances)
     if instances.ndim != 2:
@@ -111,51 +133,9 @@ def _folder_readers(folder):
     for path in sorted((folder / "images").glob("[!.]*")):
         mask = folder / "masks" / f"{path.stem}.png"
         if not mask.is_file():
-            raise ValueError(f"{path} has no mask {mask}")
+            raise ValueError(f"{path} has no mask {mask}; add it, or take the image away")
         readers[path.name] = lambda path=path, mask=mask: (Image.open(path), object_masks(Image.open(mask)))
     return readers
-
-
-def _coco_readers(folder):
-    from PIL import Image
-    from pycocotools.coco import COCO
-
-    try:
-        with contextlib.redirect_stdout(None):
-            coco = COCO(folder / "annotations.json")
-        images = {image["file_name"]: image["id"] for image in coco.dataset["images"]}
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise ValueError(f"{folder / 'annotations.json'} is not in COCO's format: {error!r}") from error
-
-    def read(name, number):
-        image = Image.open(folder / "images" / name)
-        try:
-            return image, _coco_masks(coco, number, (image.height, image.width))
-        except (KeyError, TypeError, IndexError) as error:
-            raise ValueError(f"its annotations are not in COCO's format: {error!r}") from error
-
-    return {name: lambda name=name, number=number: read(name, number) for name, number in images.items()}
-
-
-def _coco_masks(coco, number, size):
-    """Masks (P, *size) of an image's objects, void where a crowd is, for its members have no masks of their own.
-
-    Polygons are cut off at the image's edges; an object that leaves no pixel inside is left out.
-    """
-    objects, crowd = [], np.zeros(size, bool)
-    for annotation in coco.loadAnns(coco.getAnnIds(number)):
-        if not annotation.get("segmentation"):
-            raise ValueError(f"annotation {annotation['id']} has no segmentation; masks are needed, boxes do not do")
-        mask = coco.annToMask(annotation).astype(np.int8)
-        if mask.shape != size:
-            raise ValueError(f"annotations.json says that its (height, width) is {mask.shape}, but it is {size}")
-        if annotation.get("iscrowd"):
-            crowd |= mask > 0
-        elif mask.any():
-            objects.append(mask)
-    masks = np.stack(objects) if objects else np.zeros((0, *size), np.int8)
-    masks[:, crowd] = np.where(masks[:, crowd] == 1, 1, VOID_LABEL)
-    return masks
 
 
 def _dataset_readers(source, split, image_column, mask_column):
@@ -187,7 +167,8 @@ def _dataset(source, split):
             raise ValueError(f"{source} is neither a folder nor a dataset that the Hub gives: {reason}") from error
     if not list(folder.glob("dataset_*.json")):
         raise ValueError(
-            f"{source} holds neither images/ and masks/, nor images/ and annotations.json, nor a saved dataset"
+            f"{source} holds neither images/ and masks/, nor images/ and annotations.json, nor a saved dataset; "
+            "`sam-split finetune --help` shows what DATA may be"
         )
     data = datasets.load_from_disk(source)
     if isinstance(data, dict):

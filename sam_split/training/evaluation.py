@@ -1,20 +1,23 @@
 """One evaluation for all: IoU from a box and from clicks, everything-mode's recall, and how true the predicted IoU is.
 
 examples ──> image embedding ──> IoU from the box, 1 click, 3 clicks, and what was predicted ──┐
-    └──────> everything-mode at its default thresholds ──> AR@100, recall at IoU 0.5 ──────────┴──> Evaluation
+                 └──> everything-mode at its default thresholds ──> AR@100, recall at IoU 0.5 ─┴──> Evaluation
 """
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+from torch import nn
 from transformers.utils import logging
 
-from ..mask_generation_sam_split import inference
+from ..mask_generation_sam_split import SamSplitMaskGenerationOptions, _crops, _decode, _result, inference
 from ..run_lengths_sam_split import Axis, compressed, counts, joined, run_edges
 from .collator import SamSplitCollator, rgb_pixels
+from .prefix import CachedImages
 from .prompts import boxes_around
 from .recall import average_recall, mask_entry, object_entry
 from .scores import score_prompts
@@ -46,19 +49,29 @@ class Evaluation:
     """
 
     means: dict[str, float]
-    images: list[dict]
-    masks: list[dict] = field(repr=False)
+    images: list[dict[str, Any]]
+    masks: list[dict[str, Any]] = field(repr=False)
 
-    def __str__(self):
+    def __str__(self) -> str:
         return evaluation_table({"mean": self})
 
-    def as_dict(self):
+    def as_dict(self) -> dict[str, Any]:
         """Means and images, for a json file or a table of pandas."""
         return {"means": self.means, "images": self.images}
 
 
-def evaluate(model, processor, examples, *, everything=True, progress=True):
+def evaluate(
+    model: nn.Module,
+    processor: Any,
+    examples: Sequence[Mapping[str, Any]],
+    *,
+    everything: bool = True,
+    progress: bool = True,
+    cached: CachedImages | None = None,
+) -> Evaluation:
     """Measure a model on examples with masks. It is in eval mode meanwhile, and afterwards as it was.
+
+    Each image is encoded once.
 
     Args:
         model: a `SamSplitModel` or a PEFT model of one; `disable_adapter()` around the call measures the base.
@@ -66,6 +79,7 @@ def evaluate(model, processor, examples, *, everything=True, progress=True):
         examples: a sequence of dicts as for `SamSplitCollator`, each with masks; boxes and points are not used.
         everything: whether to segment everything as well, the slowest part.
         progress: whether to show a progress bar.
+        cached: `CachedImages` of the examples, for a model whose first layers `drop_prefix` took away.
 
     Raises:
         TypeError, ValueError: naming the example that cannot be used, and what to do.
@@ -74,18 +88,20 @@ def evaluate(model, processor, examples, *, everything=True, progress=True):
     if not len(examples):
         raise ValueError("examples must hold at least one example, got none; is the dataset empty?")
     collate = SamSplitCollator(processor)
-    images, masks, so_far = [], [], Counter()
+    images, masks = [], []
+    so_far: Counter[str] = Counter()
     bar = logging.tqdm(total=len(examples), desc="evaluate", unit="image", disable=not progress)
     with inference(model), bar:
         for index in range(len(examples)):
             example = examples[index]
             if not isinstance(example, Mapping) or example.get("masks") is None:
                 raise ValueError(f"example {index} must be a dict with an image and masks to compare with")
-            scores, found = _prompted(model, collate, example)
-            row = {"name": str(example.get("name", index)), "objects": len(found["objects"])}
+            pixel_values = None if cached is None else cached[index]["pixel_values"][None]
+            scores, found, embedding = _prompted(model, collate, example, pixel_values)
+            row: dict[str, Any] = {"name": str(example.get("name", index)), "objects": len(found["objects"])}
             row |= {name: float(np.mean(values)) for name, values in scores.items()}
             if everything:
-                found["everything"] = _everything(model, collate.image_processor, example["image"])
+                found["everything"] = _everything(model, example["image"], embedding)
                 row["masks"] = len(found["everything"])
             images.append(row)
             masks.append(found)
@@ -101,26 +117,34 @@ def evaluate(model, processor, examples, *, everything=True, progress=True):
     return Evaluation({name: means[name] for name in MEASURES if name in means}, images, masks)
 
 
-def _prompted(model, collate, example):
-    """Measures of each object of an example, measure -> list, and the masks of its objects and from their boxes."""
+def _prompted(model, collate, example, pixel_values=None):
+    """Measure -> list of each object of an example; the masks of its objects and from their boxes; its embedding.
+
+    Args:
+        model, example: as for `evaluate`.
+        collate: a `SamSplitCollator`.
+        pixel_values: (1, H, W, C) of a model without its first layers; None for the example's own.
+    """
     given = {name: example[name] for name in ("image", "name") if name in example}
-    masks, boxed, measures, embeddings = example["masks"], [], {}, None
-    largest = max(math.prod(np.shape(masks)[1:]), math.prod(_input_size(model)))
+    masks, boxed, embedding = example["masks"], [], None
+    measures: dict[str, list[float]] = {}
+    largest = max(math.prod(np.shape(masks)[1:]), math.prod(input_size(model.config)))
     step = max(1, PIXELS_AT_ONCE // largest)
     for first in range(0, max(1, len(masks)), step):  # without any mask, the collator says so
         batch = collate([{**given, "masks": masks[first : first + step]}])
-        if embeddings is None:
-            embeddings = model.get_image_embeddings(batch["pixel_values"].to(model.device))
+        if embedding is None:
+            pixel_values = batch["pixel_values"] if pixel_values is None else pixel_values
+            embedding = model.get_image_embeddings(pixel_values.to(model.device))
         labels = batch["labels"].to(model.device)
-        for kind, (true, predicted) in score_prompts(model, embeddings, labels).items():
-            # Not a number where the smaller input left nothing but void of an object: it cannot be segmented.
+        for kind, (true, predicted) in score_prompts(model, embedding, labels).items():
+            # Not a number where the smaller input left nothing of an object: it cannot be segmented.
             true = true[0].double().nan_to_num(0)
             error = (true - predicted[0].double().nan_to_num(0)).abs()
             for name, values in (f"iou_{kind}", true), (f"error_{kind}", error):
                 measures.setdefault(name.replace(" ", "_"), []).extend(values.tolist())
-        output = model(image_embeddings=embeddings, input_boxes=boxes_around(labels), multimask_output=False)
-        boxed += _at_full_size(output.pred_masks[0, :, 0], _input_size(model), np.shape(masks)[1:])
-    return measures, {"objects": [object_entry(np.asarray(mask)) for mask in masks], "box": boxed}
+        output = model(image_embeddings=embedding, input_boxes=boxes_around(labels), multimask_output=False)
+        boxed += _at_full_size(output.pred_masks[0, :, 0], input_size(model.config), np.shape(masks)[1:])
+    return measures, {"objects": [object_entry(np.asarray(mask)) for mask in masks], "box": boxed}, embedding
 
 
 def _at_full_size(logits, padded, size):
@@ -139,25 +163,22 @@ def _at_full_size(logits, padded, size):
     return [mask_entry({"size": [int(side) for side in size], "counts": string}) for string in lengths]
 
 
-def _everything(model, image_processor, image):
-    """What everything-mode finds at its default thresholds, as `recall` describes masks."""
-    result = model.generate_masks(
-        rgb_pixels(image),
-        output_masks=False,
-        output_rle_mask="compressed",
-        image_mean=tuple(image_processor.image_mean),
-        image_std=tuple(image_processor.image_std),
-        progress=False,
-    )
+def _everything(model, image, embedding):
+    """What `generate_masks` finds at its defaults in an image with an embedding, as `recall` describes masks."""
+    options = SamSplitMaskGenerationOptions(output_masks=False, output_rle_mask="compressed")
+    (crop,) = _crops(rgb_pixels(image), None, options, model.config)
+    found = _decode(model, crop, embedding, options, logging.tqdm(disable=True))
+    result = _result(found, crop.full_size, options)
     return [
         mask_entry(segmentation, score=score)
         for segmentation, score in zip(result["rle_mask"], result["scores"].tolist(), strict=True)
     ]
 
 
-def _input_size(model):
-    size = model.config.vision_config.image_size
-    return (size, size) if isinstance(size, int) else tuple(size)
+def input_size(config):
+    """(height, width) of what a model takes."""
+    rows, columns = config.vision_config.grid
+    return config.vision_config.patch_size * rows, config.vision_config.patch_size * columns
 
 
 def _means(images):
@@ -180,7 +201,7 @@ def _recall(images, masks):
     return {"average_recall": average, "recall_50": at_half}
 
 
-def evaluation_table(evaluations):
+def evaluation_table(evaluations: Mapping[str, Evaluation]) -> str:
     """Name -> evaluation as a table in Markdown; of two, with what changed from the first to the second."""
     parts = list(evaluations.values())
     objects, images = sum(image["objects"] for image in parts[0].images), len(parts[0].images)

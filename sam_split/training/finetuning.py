@@ -9,6 +9,7 @@ import resource
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -26,7 +27,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from ..configuration_sam_split import SamSplitConfig
 from .collator import SamSplitCollator
 from .data import find_examples
-from .evaluation import evaluate
+from .evaluation import evaluate, input_size
 from .prefix import CachedImages, drop_prefix
 from .presets import frozen_layers, lora_config
 from .report import about, replacing_folder, write_results
@@ -34,7 +35,9 @@ from .settings import Settings
 from .trainer import PromptTrainer, SaveEvery
 
 
-def finetune(base, data, out, settings=None):
+def finetune(
+    base: str | Path, data: str | Path, out: str | Path, settings: Settings | None = None
+) -> dict[str, Any] | None:
     """Train an adapter, and write it with its results to a folder.
 
     Args:
@@ -44,18 +47,28 @@ def finetune(base, data, out, settings=None):
         settings: `Settings`.
 
     Returns:
-        The results, as `results.json` has them.
+        The results, as `results.json` has them; None in all processes but the main one.
 
     Raises:
         ValueError, OSError: for what cannot be used; nothing is written then.
         TrainingDiverged: if a loss is not finite.
     """
     settings, out = settings or Settings(), Path(out)
+    trained = fit(base, data, out, settings)
+    return None if trained is None else measure(base, out, settings, **trained)
+
+
+def fit(base, data, out, settings):
+    """What `finetune` does before it measures: `out/adapter`.
+
+    Returns:
+        What `measure` needs beside the same arguments; None in all processes but the main one.
+    """
     _check_out(out, settings.resume)
-    _check_base(base, settings.revision)
+    size = _check_base(base, settings.revision)
     _check_trackers(settings.report_to)
     processor = AutoProcessor.from_pretrained(base, revision=settings.revision)
-    examples = read_examples(data, settings)
+    examples = read_examples(data, settings, size)
     model = AutoModel.from_pretrained(base, revision=settings.revision)
     frozen = frozen_layers(settings.preset, model, settings.late_layers)
     config = lora_config(settings.preset, model, settings.rank, settings.late_layers)
@@ -66,15 +79,19 @@ def finetune(base, data, out, settings=None):
         model.to(arguments.device).eval()
         folder = settings.cache or out / "cache"
         with arguments.main_process_first():
-            datasets = [CachedImages(part, collate, model, frozen, folder) for part in examples]
+            show = not settings.quiet
+            datasets = [CachedImages(part, collate, model, frozen, folder, show) for part in examples]
         drop_prefix(model, frozen)
         collate = CachedImages.collate
     costs = train(model, config, datasets, collate, arguments, settings, out / "adapter")
     if costs is None:
         return None
-    del model
-    results = {**about(base, data, out, settings, examples), **costs}
-    return measure(base, processor, examples[1], out, results, settings)
+    return {
+        "processor": processor,
+        "examples": examples[1],
+        "results": {**about(base, data, out, settings, examples), **costs},
+        "cached": datasets[1] if frozen else None,
+    }
 
 
 def train(model, config, datasets, collate, arguments, settings, adapter):
@@ -100,8 +117,10 @@ def train(model, config, datasets, collate, arguments, settings, adapter):
         eval_dataset=datasets[1],
         callbacks=_callbacks(settings),
         prompts={name: getattr(settings, name) for name in ("prompts", "corrections", "background", "objects")},
+        focal=settings.focal,
     )
-    start, checkpoint = time.perf_counter(), last_checkpoint(arguments.output_dir) if settings.resume else None
+    checkpoint = last_checkpoint(arguments.output_dir) if settings.resume else None
+    start, cpu = time.perf_counter(), time.process_time()
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     steps = trainer.state.global_step - (int(checkpoint.name.split("-")[1]) if checkpoint else 0)
     if not trainer.is_world_process_zero():
@@ -112,18 +131,21 @@ def train(model, config, datasets, collate, arguments, settings, adapter):
         "processes": arguments.world_size,
         "steps": trainer.state.global_step,
         "seconds_per_step": round((time.perf_counter() - start) / max(1, steps), 3),
+        "cpu_seconds_per_step": round((time.process_time() - cpu) / max(1, steps), 3),  # the same beside other work
         "peak_gib": round(_peak_bytes(arguments.device) / 2**30, 2),
         "trainable": model.get_nb_trainable_parameters()[0],
     }
 
 
-def measure(base, processor, examples, out, results, settings):
-    """Evaluate base and adapter on examples, and complete `out` and the results."""
+def measure(base, out, settings, processor, examples, results, cached=None):
+    """Evaluate base and adapter on examples, `cached` or not, and complete `out` and the results."""
     model = AutoModel.from_pretrained(base, revision=settings.revision)
+    if cached is not None:
+        drop_prefix(model, cached.layers)
     model = PeftModel.from_pretrained(model, out / "adapter")
     if torch.accelerator.is_available():
         model = model.to(torch.accelerator.current_accelerator())
-    options = {"everything": settings.everything, "progress": not settings.quiet}
+    options = {"everything": settings.everything, "progress": not settings.quiet, "cached": cached}
     with model.disable_adapter():
         before = evaluate(model, processor, examples, **options)
     after = evaluate(model, processor, examples, **options)
@@ -140,15 +162,18 @@ def _check_out(out, resume):
 
 
 def _check_base(base, revision):
+    """(height, width) of its input."""
     if Path(base).is_dir() and not (Path(base) / "config.json").is_file():
         raise ValueError(f"{base} is neither a model's folder nor a Hub id that can be read: it has no config.json")
     try:
-        kind = AutoConfig.from_pretrained(base, revision=revision).model_type
+        config = AutoConfig.from_pretrained(base, revision=revision)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{base} is neither a model's folder nor a Hub id that can be read: {reason}") from error
+    kind = config.model_type
     if kind != SamSplitConfig.model_type:
         raise ValueError(f"{base} is a {kind!r} model; `sam-split convert {base} NEW` makes a SamSplit folder")
+    return input_size(config)
 
 
 def _check_trackers(names):
@@ -161,13 +186,13 @@ def _check_trackers(names):
             raise ValueError(f"--report-to {name}: {error}") from error
 
 
-def read_examples(data, settings):
-    """Those to train on and those to test on."""
+def read_examples(data, settings, size=None):
+    """Those to train on and those to test on, each with a pixel at least in an input of `size`, (height, width)."""
     columns = settings.split, settings.image_column, settings.mask_column
-    found = find_examples(data, *columns).usable(settings.skip_bad)
+    found = find_examples(data, *columns).usable(settings.skip_bad, size)
     if settings.val is None:
         return found.held_out(settings.holdout, settings.seed)
-    return found, find_examples(settings.val, *columns).usable(settings.skip_bad)
+    return found, find_examples(settings.val, *columns).usable(settings.skip_bad, size)
 
 
 def training_arguments(out, settings):

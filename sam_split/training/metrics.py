@@ -7,7 +7,7 @@ from ..modeling_sam_split import VOID_LABEL
 from .checks import check_logits
 
 
-def iou_and_dice(logits, labels):
+def iou_and_dice(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """IoU and Dice of masks with the truth, void left out.
 
     Args:

@@ -1,5 +1,7 @@
 """Masks over an image, from COCO's run lengths: each tinted and outlined, small ones above large ones."""
 
+from typing import Any
+
 import numpy as np
 
 # Okabe and Ito's colours, which people with every kind of colour vision tell apart; without the black.
@@ -10,7 +12,7 @@ TINT = 0.55  # share of the colour inside a mask
 LEAST_SIDE = 800  # pixels; overlays of smaller images are drawn larger
 
 
-def mask_of(segmentation: dict) -> np.ndarray:
+def mask_of(segmentation: dict[str, Any]) -> np.ndarray:
     """COCO's compressed run lengths as a (height, width) bool mask."""
     height, width = segmentation["size"]
     counts = run_lengths(segmentation["counts"])
@@ -31,7 +33,7 @@ def run_lengths(compressed: str) -> np.ndarray:
     return values
 
 
-def label_map(annotations: list[dict], size: tuple[int, int]) -> np.ndarray:
+def label_map(annotations: list[dict[str, Any]], size: tuple[int, int]) -> np.ndarray:
     """(height, width): 0 where no mask is, else the number, from 1, of the smallest mask there."""
     labels = np.zeros(size, dtype=np.int32)
     for index in sorted(range(len(annotations)), key=lambda index: -annotations[index]["area"]):
@@ -39,7 +41,7 @@ def label_map(annotations: list[dict], size: tuple[int, int]) -> np.ndarray:
     return labels
 
 
-def overlay(pixels: np.ndarray, annotations: list[dict], colours: list[int] | None = None) -> np.ndarray:
+def overlay(pixels: np.ndarray, annotations: list[dict[str, Any]], colours: list[int] | None = None) -> np.ndarray:
     """The image in pale grey with its masks tinted and outlined, (height, width, 3) bytes.
 
     A small image is enlarged by a whole number, so that outlines are thin beside what they surround.
@@ -74,7 +76,7 @@ def _differs(labels: np.ndarray, width: int) -> np.ndarray:
     return differs
 
 
-def distinct_colours(annotations: list[dict]) -> list[int]:
+def distinct_colours(annotations: list[dict[str, Any]]) -> list[int]:
     """The index in `COLOURS` for each mask: of the colour whose nearest use is the farthest away."""
     boxes = np.array([annotation["bbox"] for annotation in annotations]).reshape(-1, 4)
     centres = boxes[:, :2] + boxes[:, 2:] / 2

@@ -1,12 +1,14 @@
 """Evaluations to look at: a page of masks, the worst images first, and each image's gain."""
 
 import html
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from .collator import rgb_pixels
-from .evaluation import MEASURES, signed
+from .evaluation import MEASURES, Evaluation, signed
 from .overlays import distinct_colours, overlay
 
 LARGEST_SIDE = 1600  # pixels of a picture
@@ -48,7 +50,13 @@ figure img {{ width: 100%; }}
 """
 
 
-def overlay_page(folder, examples, evaluations, number=IMAGES, title="Evaluation"):
+def overlay_page(
+    folder: str | Path,
+    examples: Sequence[Mapping[str, Any]],
+    evaluations: Mapping[str, Evaluation],
+    number: int = IMAGES,
+    title: str = "Evaluation",
+) -> None:
     """Write `index.html` and its pictures into a folder: the masks of the worst images, the worst first.
 
     Args:
@@ -98,7 +106,9 @@ def _figures(pictures, stem, example, evaluations, index):
     first = next(iter(evaluations.values()))
     objects = first.masks[index]["objects"]
     colours = distinct_colours(objects)
-    drawn = [("truth", objects, colours, f"{_count(len(objects), 'object')} as marked in the data")]
+    drawn: list[tuple[str, Any, list[int] | None, str]] = [
+        ("truth", objects, colours, f"{_count(len(objects), 'object')} as marked in the data")
+    ]
     for number, (name, evaluation) in enumerate(evaluations.items(), start=1):
         row, masks = evaluation.images[index], evaluation.masks[index]
         drawn.append((f"box-{number}", masks["box"], colours, f"{name}, from boxes: IoU {row['iou_box']:.3f}"))
@@ -140,7 +150,7 @@ def _table(corner, columns, measures):
     return "<table>\n" + "\n".join(lines) + "\n</table>"
 
 
-def plot_gains(path, evaluations):
+def plot_gains(path: str | Path, evaluations: Mapping[str, Evaluation]) -> None:
     """Draw each image's gain from the first to the last of evaluations, as bars for each measure, the worst first.
 
     Args:

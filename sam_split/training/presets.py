@@ -1,5 +1,12 @@
 """Which layers an adapter changes."""
 
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
 _QV = r"vision_encoder\.layers\.\d+\.attn\.(q|v)"
 _DECODER = (
     r"mask_decoder\.transformer\..*(q_proj|k_proj|v_proj|out_proj|lin1|lin2)"
@@ -16,17 +23,17 @@ PRESETS = {
 }
 
 
-def lora_config(preset, model, rank=16, late_layers=3):
+def lora_config(preset: str, model: nn.Module, rank: int = 16, late_layers: int = 3) -> "LoraConfig":
     """PEFT's config of a preset.
 
-    | preset | what the adapter changes |
-    |---|---|
-    | `encoder` | q and v of the image encoder |
-    | `encoder-qkv` | q, k and v of the image encoder |
-    | `late` | q and v of the image encoder's last layers; what the others compute can be kept |
-    | `decoder` | the mask decoder's attention and MLPs, and the heads that make masks and predict their IoU |
-    | `encoder+decoder` | q and v of the image encoder, and what `decoder` changes |
-    | `dora` | q and v of the image encoder, by DoRA |
+    | preset | what the adapter changes | parameters of ViT-B at rank 16 |
+    |---|---|---|
+    | `encoder` | q and v of the image encoder | 589,824 |
+    | `encoder-qkv` | q, k and v of the image encoder | 884,736 |
+    | `late` | q and v of the image encoder's last layers; what the others compute can be kept | 147,456 |
+    | `decoder` | the mask decoder's attention and MLPs, and the heads for masks and their IoU | 440,384 |
+    | `encoder+decoder` | q and v of the image encoder, and what `decoder` changes; `finetune`'s default | 1,030,208 |
+    | `dora` | q and v of the image encoder, by DoRA | 608,256 |
 
     Without the decoder's heads, the predicted IoU changes only as far as the image embedding does. Everything-mode
     keeps masks by it: only `decoder` and `encoder+decoder` can teach what the masks of new images are worth.

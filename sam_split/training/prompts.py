@@ -1,6 +1,10 @@
 """Prompts from masks, as a person would give them: rough boxes, clicks, and clicks on what a mask got wrong."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
+from torch import nn
 
 from ..checks_sam_split import InputCheck
 from ..modeling_sam_split import VOID_LABEL
@@ -10,7 +14,7 @@ from .metrics import resized
 FIRST_PROMPTS = {"box": False, "points": True, "mixed": None}  # what a step begins with: a click?
 
 
-def boxes_around(labels):
+def boxes_around(labels: torch.Tensor) -> torch.Tensor:
     """The smallest boxes (B, P, 4) that hold the pixels labelled 1 of (B, P, h, w); 0 where there is none.
 
     >>> labels = torch.zeros(1, 1, 8, 8)
@@ -29,7 +33,13 @@ def boxes_around(labels):
     return torch.stack([x0, y0, x1, y1], -1).float() * inside.any((-2, -1))[..., None]
 
 
-def jitter_boxes(boxes, size, generator=None, share=0.1, limit=20.0):
+def jitter_boxes(
+    boxes: torch.Tensor,
+    size: Sequence[int],
+    generator: torch.Generator | None = None,
+    share: float = 0.1,
+    limit: float = 20.0,
+) -> torch.Tensor:
     """Boxes (B, P, 4) whose sides have moved as a person's would, kept inside an image of `size`, (height, width).
 
     Each side moves by normal noise with a deviation of `share` of the box's width or height, `limit` pixels at most.
@@ -51,7 +61,7 @@ def jitter_boxes(boxes, size, generator=None, share=0.1, limit=20.0):
     )
 
 
-def points_inside(region, number=1, generator=None):
+def points_inside(region: torch.Tensor, number: int = 1, generator: torch.Generator | None = None) -> torch.Tensor:
     """Points (B, P, N, 2) sampled uniformly from the true pixels of a bool (B, P, h, w), 0 where a region is empty."""
     InputCheck()("region", region, ("B", "P", "h", "w"))
     if region.dtype != torch.bool:
@@ -65,7 +75,9 @@ def points_inside(region, number=1, generator=None):
     return torch.stack([place % region.shape[-1], place // region.shape[-1]], -1).float()
 
 
-def correcting_clicks(logits, labels, generator=None):
+def correcting_clicks(
+    logits: torch.Tensor, labels: torch.Tensor, generator: torch.Generator | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A click on what each mask got wrong: foreground where it lacks the object, background where it overflows.
 
     Args:
@@ -85,7 +97,14 @@ def correcting_clicks(logits, labels, generator=None):
 
 
 @torch.no_grad()
-def simulate_prompts(model, image_embeddings, labels, rounds, generator=None, points_only=None):
+def simulate_prompts(
+    model: nn.Module,
+    image_embeddings: torch.Tensor,
+    labels: torch.Tensor,
+    rounds: int,
+    generator: torch.Generator | None = None,
+    points_only: bool | None = None,
+) -> dict[str, Any]:
     """Prompts as a person gives them: a rough box or one click, then a click on an error of each mask that came out.
 
     With `rounds` sampled uniformly for each step, the expected gradient is that of the mean over all rounds, and a
@@ -113,7 +132,7 @@ def simulate_prompts(model, image_embeddings, labels, rounds, generator=None, po
     if points_only:
         points = points_inside(labels == 1, 1, generator)
         real = (labels == 1).flatten(2).any(-1, keepdim=True)
-        prompts = {"input_points": points, "input_labels": torch.where(real, 1, PADDING_POINT)}
+        prompts: dict[str, Any] = {"input_points": points, "input_labels": torch.where(real, 1, PADDING_POINT)}
     else:
         prompts = {"input_boxes": jitter_boxes(boxes_around(labels), labels.shape[-2:], generator)}
     for correction in range(rounds):
@@ -129,7 +148,7 @@ def simulate_prompts(model, image_embeddings, labels, rounds, generator=None, po
     return prompts | {"multimask_output": points_only and rounds == 0}
 
 
-def some_objects(labels, number, generator=None):
+def some_objects(labels: torch.Tensor, number: int, generator: torch.Generator | None = None) -> torch.Tensor:
     """At most `number` of each image's objects, chosen at random: (B, number, height, width)."""
     check_labels(labels)
     check_number("number", number, 1, int)
@@ -141,7 +160,9 @@ def some_objects(labels, number, generator=None):
     return labels[torch.arange(len(labels), device=labels.device)[:, None], chosen]
 
 
-def background_clicks(labels, number, generator=None):
+def background_clicks(
+    labels: torch.Tensor, number: int, generator: torch.Generator | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Single clicks where no object is, and labels that say so: what is cut out there is worth nothing.
 
     Pixels that are void for any object are left alone. Objects without a mask count as background, so this needs
@@ -166,8 +187,15 @@ def background_clicks(labels, number, generator=None):
 
 
 def training_prompts(
-    model, image_embeddings, labels, prompts="mixed", corrections=1, background=4, objects=8, generator=None
-):
+    model: nn.Module,
+    image_embeddings: torch.Tensor,
+    labels: torch.Tensor,
+    prompts: str = "mixed",
+    corrections: int = 1,
+    background: int = 4,
+    objects: int = 8,
+    generator: torch.Generator | None = None,
+) -> tuple[dict[str, Any], torch.Tensor]:
     """What one training step is prompted with: boxes or clicks, some of them corrected, and clicks on background.
 
     Args:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..modeling_sam_split import VOID_LABEL
 from .checks import PADDING_POINT, check_labels, check_number
@@ -49,7 +50,9 @@ def deepest_errors(logits, labels):
 
 
 @torch.no_grad()
-def score_prompts(model, image_embeddings, labels, prompts_at_once=32):
+def score_prompts(
+    model: nn.Module, image_embeddings: torch.Tensor, labels: torch.Tensor, prompts_at_once: int = 32
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """True and predicted IoU of the masks of each object, from its box, from one click and from three.
 
     The first click is as far from the object's edge as can be, the others as deep inside what is wrong; nothing is

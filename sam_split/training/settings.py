@@ -16,7 +16,7 @@ class Settings:
     mask_column: str = "mask"
     skip_bad: bool = False
     # adapter
-    preset: str = "encoder"
+    preset: str = "encoder+decoder"
     rank: int = 16
     late_layers: int = 3
     cache: str | None = None
@@ -27,6 +27,7 @@ class Settings:
     background: int = 4
     objects: int = 8
     # training
+    focal: float = 0.0
     epochs: float = 10
     steps: int | None = None
     batch: int = 2

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
+from ..modeling_sam_split import segmentation_loss
 from .prompts import training_prompts
 from .scores import score_prompts
 
@@ -19,20 +20,22 @@ class PromptTrainer(Trainer):
     """Trainer that prompts each step by `training_prompts`, and evaluates by `score_prompts`.
 
     A batch needs `pixel_values` and `labels`, and may have `names` of its images for messages. Each image is encoded
-    once: the prompts are simulated on its embedding, and the step goes on from there.
+    once: the prompts are simulated on its embedding, and the step goes on from there. Mixed prompts ask twice,
+    from boxes and from clicks: the mask decoder costs little beside the image encoder.
 
     The prompts of a batch depend on the seed and on the number of the batch, and not on what was sampled before. So a
     resumed run samples what an uninterrupted one would, and two processes what one would that accumulates two batches.
 
     Args:
         prompts: options of `training_prompts`.
+        focal: weight of the focal loss, see `segmentation_loss`. Predicted IoUs learn the median, by absolute errors.
     """
 
-    def __init__(self, *args, prompts=None, **options):
+    def __init__(self, *args, prompts=None, focal=0.0, **options):
         options = {"compute_metrics": mean_ious, **options}
         super().__init__(*args, **options)
-        self.prompts = prompts or {}
-        self.batches = (-1, 0, [])  # a step, how many batches it has had, and the names of their images
+        self.prompts, self.focal = {"prompts": "mixed", **(prompts or {})}, focal
+        self.batches: tuple[int, int, list[str]] = (-1, 0, [])  # a step, its batches so far, names of their images
         self.add_callback(_FiniteGradients(self))
         quiet = self.args.disable_tqdm
         self.remove_callback(PrinterCallback if quiet else ProgressCallback)
@@ -44,12 +47,16 @@ class PromptTrainer(Trainer):
         generator = self._generator(inputs)
         with self.accelerator.autocast():
             embeddings = inner.get_image_embeddings(inputs["pixel_values"])
-            prompts, labels = training_prompts(
-                inner, embeddings.detach(), inputs["labels"], generator=generator, **self.prompts
-            )
-        outputs = model(image_embeddings=embeddings, **prompts, labels=labels)
-        self.check_finite(outputs.loss, "loss")
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
+        kind, losses = self.prompts["prompts"], []
+        for first in ("box", "points") if kind == "mixed" else (kind,):
+            options = {**self.prompts, "prompts": first, "generator": generator}
+            with self.accelerator.autocast():
+                prompts, labels = training_prompts(inner, embeddings.detach(), inputs["labels"], **options)
+            outputs = model(image_embeddings=embeddings, **prompts)
+            losses.append(segmentation_loss(outputs.pred_masks, outputs.iou_scores, labels, self.focal, iou_power=1))
+        loss = torch.stack(losses).mean()
+        self.check_finite(loss, "loss")
+        return (loss, outputs) if return_outputs else loss
 
     def _generator(self, inputs):
         """That of this batch: the i-th of process r of W is batch i * W + r of the step."""

@@ -48,6 +48,7 @@ def place(tmp_path_factory):
     image_folder(place / "none", 0)
     images = {name: image_folder(place / name, 3) for name in (
         "maskless", "nothing", "cut", "no_image", "cut_mask", "size", "objectless", "colour", "deep", "floats",
+        "specks",
     )}  # fmt: skip
     (images["maskless"] / "masks" / "1.png").unlink()
     for i in range(3):
@@ -73,10 +74,27 @@ def place(tmp_path_factory):
     coco(place / "coco_crowds", json.dumps({"images": files, "annotations": crowds, "categories": []}))
     outside = [corners(1, 70, 5, 90, 20)]
     coco(place / "coco_outside", json.dumps({"images": files, "annotations": outside, "categories": []}))
+    shapes = {
+        "coco_box": [[8, 5, 22, 15]],
+        "coco_odd": [[8, 5, 30, 5, 30]],
+        "coco_nan": [[8, 5, 30, 5, 30, float("nan")]],
+        "coco_far": [[8, 5, 30, 5, 1e9, 20]],
+        "coco_short": {"size": [40, 60], "counts": [10, 5]},
+        "coco_spoilt": {"size": [40, 60], "counts": "zzz"},
+        "coco_unsized": {"counts": [10, 5, 2385]},
+    }
+    for name, shape in shapes.items():
+        annotation = {**corners(1, 8, 5, 30, 20), "segmentation": shape}
+        coco(place / name, json.dumps({"images": files, "annotations": [annotation], "categories": []}))
     larger = [{**file, "width": 61} for file in files]
     coco(place / "coco_size", json.dumps({"images": larger, "annotations": [corners(1, 8, 5, 30, 20)]}))
     lost = [{**file, "file_name": f"lost{file['id']}.png"} for file in files]
     coco(place / "coco_lost", json.dumps({"images": lost, "annotations": [], "categories": []}))
+    for path in (images["specks"] / "masks").iterdir():
+        mask = np.zeros((800, 1200), np.uint8)
+        mask[100:400, 100:600], mask[790:792, 5:7] = 1, 2  # 9.4 pixels of the image are one of the model's
+        Image.fromarray(mask).save(path)
+        Image.new("RGB", (1200, 800)).save(images["specks"] / "images" / path.name)
     rows = datasets.Dataset.from_dict({"image": [1, 2], "mask": [1, 2]})
     rows.save_to_disk(place / "rows")
     datasets.DatasetDict({"test": rows}).save_to_disk(place / "splits")
@@ -106,6 +124,13 @@ CASES = {
     "unequal sizes": ("tiny size out", "like its image, (P, 40, 60), got (1, 40, 50)"),
     "no objects": ("tiny objectless out", "1.png: example '1.png' has no object"),
     "mask in colour": ("tiny colour out", "1.png: a mask must have one channel, got shape (40, 60, 3)"),
+    "click on an object that vanishes": (
+        "tiny specks out --prompts points",
+        "0.png: no prompt can be made for masks [1], which have no pixel left at the model's 128 x 128; cut the image",
+    ),
+    "box around an object that vanishes": ("tiny specks out --prompts box", "no prompt can be made for masks [1]"),
+    "validation with objects that vanish": ("tiny data out --val specks", "no prompt can be made for masks [1]"),
+    "only images with objects that vanish": ("tiny specks out --skip-bad", "no image can be used"),
     "16-bit image": ("tiny deep out", "8 bits per channel, got mode 'I;16'"),
     "float image": ("tiny floats out", "8 bits per channel, got mode 'F'"),
     "bad validation": ("tiny data out --val size", "got (1, 40, 50)"),
@@ -118,6 +143,13 @@ CASES = {
     "COCO with boxes only": ("tiny coco_boxes out", "0.png: annotation 5 has no segmentation; masks are needed"),
     "COCO with crowds only": ("tiny coco_crowds out", "0.png: example '0.png' has no object"),
     "COCO outside the image": ("tiny coco_outside out", "0.png: example '0.png' has no object"),
+    "COCO with a box as polygon": ("tiny coco_box out", "annotation 1 has a polygon of 4 numbers"),
+    "COCO with half a corner": ("tiny coco_odd out", "annotation 1 has a polygon of 5 numbers"),
+    "COCO with NaN": ("tiny coco_nan out", "annotation 1 has a polygon with a corner at nan pixels"),
+    "COCO far outside": ("tiny coco_far out", "annotation 1 has a polygon with a corner at 1000000000.0 pixels"),
+    "COCO with few run lengths": ("tiny coco_short out", "run lengths of 15 pixels, but its size is 40 x 60"),
+    "COCO with spoilt run lengths": ("tiny coco_spoilt out", "pixels, but its size is 40 x 60"),
+    "COCO without a size": ("tiny coco_unsized out", "not in COCO's format: KeyError('size')"),
     "COCO of another size": ("tiny coco_size out", "its (height, width) is (40, 61), but it is (40, 60)"),
     "no object anywhere": ("tiny nothing out --skip-bad", "no image can be used"),
     "COCO without files": ("tiny coco_lost out", "lost0.png: "),

@@ -10,6 +10,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from training_data import image_folder
 
+from conversion.cli import main
 from sam_split.training import background_clicks, find_examples, object_masks
 
 
@@ -51,7 +52,7 @@ def test_folder_coco_and_dataset_agree(tmp_path):
         find_examples(tmp_path / "saved", mask_column="truth")
 
 
-def test_coco_with_crowds_and_polygons_outside(tmp_path):
+def test_coco_with_crowds_and_polygons_outside(base, tmp_path):
     """A crowd is void for every object and in no background; what is outside the image is cut off or left out."""
 
     def annotation(number, x0, y0, x1, y1, **more):
@@ -67,13 +68,15 @@ def test_coco_with_crowds_and_polygons_outside(tmp_path):
         annotation(3, 70, 5, 90, 15),
         annotation(4, 0, 0, 0, 0) | {"segmentation": rle, "iscrowd": 1},
     ]
+    others = [{**own, "id": own["id"] + 4, "image_id": 2} for own in annotations]
     content = {
-        "images": [{"id": 1, "file_name": "0.png", "height": 40, "width": 60}],
-        "annotations": annotations,
+        "images": [{"id": i + 1, "file_name": f"{i}.png", "height": 40, "width": 60} for i in range(2)],
+        "annotations": annotations + others,
         "categories": [],
     }
     (tmp_path / "images").mkdir()
-    Image.new("RGB", (60, 40)).save(tmp_path / "images" / "0.png")
+    for i in range(2):
+        Image.new("RGB", (60, 40)).save(tmp_path / "images" / f"{i}.png")
     (tmp_path / "annotations.json").write_text(json.dumps(content))
     first, second = find_examples(tmp_path)[0]["masks"]
     assert np.array_equal(first == -100, crowd == 1)
@@ -83,3 +86,7 @@ def test_coco_with_crowds_and_polygons_outside(tmp_path):
     labels = torch.from_numpy(np.stack([first, second]))[None]
     points = background_clicks(labels, 200)[0].reshape(-1, 2)
     assert points[:, 0].max() < 50
+    options = ["--holdout", "0.5", "--steps", "2", "--no-everything", "--quiet"]
+    assert main(["finetune", str(base), str(tmp_path), str(tmp_path / "out"), *options]) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["after"]["images"][0]["objects"] == 2

@@ -13,12 +13,16 @@ from pycocotools import mask as coco_mask
 from transformers import AutoProcessor
 
 from sam_split import VOID_LABEL, SamSplitModel
+from sam_split.mask_generation_sam_split import SamSplitMaskGenerationOptions
 from sam_split.training import (
+    CachedImages,
     SamSplitCollator,
     boxes_around,
+    drop_prefix,
     evaluate,
     evaluation,
     evaluation_table,
+    prefix,
     recall,
     score_prompts,
 )
@@ -173,20 +177,20 @@ def test_boxed_masks_are_the_processors(model, processor, coins):
 
 def test_everything_mode_is_measured_at_its_defaults(model, processor, coins, monkeypatch):
     """Recall is that of what `generate_masks` finds; the tiny SAM finds more below the default thresholds."""
-    given, generate_masks, low = [], model.generate_masks, {"pred_iou_thresh": 0.5, "stability_score_thresh": 0.6}
+    given, low = [], {"pred_iou_thresh": 0.5, "stability_score_thresh": 0.6, "points_per_crop": 12}
 
-    def lower(image, **options):
-        given.append(options)
-        return generate_masks(image, **options, **low, points_per_crop=12)
+    def lower(**options):
+        given.append(options.keys())
+        return SamSplitMaskGenerationOptions(**options, **low)
 
-    monkeypatch.setattr(model, "generate_masks", lower)
+    monkeypatch.setattr(evaluation, "SamSplitMaskGenerationOptions", lower)
     found = evaluate(model, processor, coins, progress=False)
-    output = {"output_masks", "output_rle_mask", "progress"}
-    assert all(options.keys() == {*output, "image_mean", "image_std"} for options in given)
+    assert given == [{"output_masks", "output_rle_mask"}] * len(coins)
+    statistics = {name: getattr(processor.image_processor, name) for name in ("image_mean", "image_std")}
     expected = []
     for row, example in zip(found.images, coins, strict=True):
         pixels = np.array(example["image"].convert("RGB"))
-        masks = generate_masks(pixels, **low, points_per_crop=12)
+        masks = model.generate_masks(pixels, **low, **statistics)
         expected.append(recalls([mask.numpy() for mask in masks["masks"]], masks["scores"], example["masks"]))
         assert row["masks"] == len(masks["masks"])
         assert row["average_recall"] == pytest.approx(expected[-1].mean(), abs=1e-6)
@@ -199,16 +203,33 @@ def test_everything_mode_is_measured_at_its_defaults(model, processor, coins, mo
 
 
 def test_an_image_without_found_masks_counts_as_nothing_found(model, processor, coins, monkeypatch):
-    monkeypatch.setattr(model, "generate_masks", functools.partial(model.generate_masks, pred_iou_thresh=1e9))
+    strict = functools.partial(SamSplitMaskGenerationOptions, pred_iou_thresh=1e9)
+    monkeypatch.setattr(evaluation, "SamSplitMaskGenerationOptions", strict)
     found = evaluate(model, processor, coins[:2], progress=False)
     for values in (found.means, *found.images):
         assert (values["average_recall"], values["recall_50"], values["masks"]) == (0, 0, 0)
     assert "AR@100                   | 0.000 |" in str(found)
 
 
+def test_an_object_that_vanishes_at_the_models_resolution_is_not_found(model, processor):
+    """It counts as IoU 0, and is padding in a batch: it is neither prompted nor trained on."""
+    masks = np.zeros((2, 1200, 800), np.int8)
+    masks[0, 100:400, 100:600], masks[1, 790:792, 5:7] = 1, 1
+    example = {"name": "a", "image": np.full((1200, 800), 90, np.uint8), "masks": masks}
+    alone = evaluate(model, processor, [{**example, "masks": masks[:1]}], **QUIET).means
+    both = evaluate(model, processor, [example], **QUIET).means
+    assert alone["iou_box"] > 0.1
+    for kind in KINDS.values():
+        assert both[f"iou_{kind}"] == pytest.approx(alone[f"iou_{kind}"] / 2, abs=1e-4)
+    batch = SamSplitCollator(processor)([example])
+    assert (batch["labels"][0, 1] == VOID_LABEL).all()
+    assert (batch["labels"][0, 0] == 1).any()
+    assert batch["input_boxes"][0, 1].tolist() == [0, 0, 0, 0]
+
+
 def test_many_objects_are_measured_in_pieces(model, processor, coins, monkeypatch):
-    """And the image is encoded once."""
-    whole = evaluate(model, processor, coins[:1], **QUIET)
+    """And the image is encoded once, for everything-mode as well."""
+    whole = evaluate(model, processor, coins[:1], progress=False)
     sizes, encoded, encode = [], [], model.get_image_embeddings
 
     def in_piece(model, embeddings, labels):
@@ -218,11 +239,28 @@ def test_many_objects_are_measured_in_pieces(model, processor, coins, monkeypatc
     monkeypatch.setattr(evaluation, "score_prompts", in_piece)
     monkeypatch.setattr(model, "get_image_embeddings", lambda pixels: encoded.append(1) or encode(pixels))
     monkeypatch.setattr(evaluation, "PIXELS_AT_ONCE", 2 * 128 * 128)
-    pieces = evaluate(model, processor, coins[:1], **QUIET)
+    pieces = evaluate(model, processor, coins[:1], progress=False)
     assert sizes == [2, 2, 1]
     assert len(encoded) == 1
     assert pieces.images[0] == pytest.approx(whole.images[0], abs=2e-6)
     assert pieces.masks == whole.masks
+
+
+def test_what_frozen_layers_computed_gives_the_same(model, processor, coins, tmp_path):
+    expected = evaluate(model, processor, coins[:2], progress=False)
+    cached = CachedImages(coins[:2], SamSplitCollator(processor), model.eval(), 3, tmp_path)
+    assert evaluate(drop_prefix(model, 3), processor, coins[:2], progress=False, cached=cached) == expected
+
+
+def test_what_is_encoded_is_counted(model, processor, coins, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(prefix.logging, "tqdm", lambda items, **options: made.append(options) or items)
+    for show in (True, False):
+        CachedImages(coins[:1], SamSplitCollator(processor), model.eval(), 1, tmp_path, show)
+    assert [(options["desc"], options["unit"], options["disable"]) for options in made] == [
+        ("encode", "image", False),
+        ("encode", "image", True),
+    ]
 
 
 def adapted(model, **options):

@@ -64,7 +64,8 @@ def test_tiny_sam_finds_unseen_shapes(base):
 
 def test_adapter_learns_coins(base, coins, tmp_path, capsys):
     """Held-out coins gain, the base keeps its bits, every tensor of the adapter moves, and the files are there."""
-    assert run(base, coins / "train", tmp_path, "--val", str(coins / "test"), "--steps", "60") == 0
+    options = ["--val", str(coins / "test"), "--steps", "60", "--preset", "encoder"]
+    assert run(base, coins / "train", tmp_path, *options) == 0
     assert re.search(r"60/60 \[.*<.*, loss=0\.\d+, IoU=0\.\d+\]", capsys.readouterr().err), "steps, time left, IoU"
     results = json.loads((tmp_path / "results.json").read_text())
     for kind, gain in {"box": 0.01, "1_click": 0.01, "3_clicks": 0}.items():  # three clicks are good before, too
@@ -126,7 +127,7 @@ def test_presets(base, coins, tmp_path, preset, trained):
     ("size", "objects"), [((3000, 4000), 2), ((20, 20), 2), ((400, 600), 300)], ids=["12 MP", "20 px", "300 objects"]
 )
 def test_sizes(base, tmp_path, size, objects):
-    """Large images, small ones and many objects, to the end of the run."""
+    """Large images, small ones and many objects, to the end of the run, everything-mode included."""
     folder = image_folder(tmp_path / "data", 2, size)
     if objects == 300:
         cells = 1 + np.arange(15)[:, None] * 20 + np.arange(20)  # 15 x 20 squares, a pixel between them
@@ -134,9 +135,10 @@ def test_sizes(base, tmp_path, size, objects):
         for i in range(2):
             Image.fromarray(np.pad(instances, ((0, 10), (0, 0))).astype(np.uint16)).save(folder / "masks" / f"{i}.png")
     assert [len(example["masks"]) for example in find_examples(folder)] == [objects] * 2
-    assert run(base, folder, tmp_path / "out", "--epochs", "1", "--holdout", "0.5") == 0
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert results["after"]["images"][0]["objects"] == objects
+    assert run(base, folder, tmp_path / "out", "--epochs", "1", "--holdout", "0.5", quick=False) == 0
+    (image,) = json.loads((tmp_path / "out" / "results.json").read_text())["after"]["images"]
+    assert image["objects"] == objects
+    assert 0 <= image["average_recall"] <= 1
 
 
 def test_skip_bad(base, tmp_path, capsys):
@@ -153,32 +155,9 @@ def test_skip_bad(base, tmp_path, capsys):
     assert [image["name"] for image in results["after"]["images"]] == ["1.png"], "one held-out image, once"
 
 
-def test_readme_section(tmp_path, monkeypatch):
-    """Its commands run as printed, the training cut short, and its figures are those of the committed table."""
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Fine-tune on your")[1].split("\n## ")[0]
-    assert all(f"`{launcher}" in " ".join(section.split()) for launcher in LAUNCHERS)
-    for folder in ("conversion", "examples"):
-        (tmp_path / folder).symlink_to(ROOT / folder)
-    monkeypatch.chdir(tmp_path)
-    trained = 0
-    for block in re.findall(r"```bash\n(.*?)```", section, re.DOTALL):
-        for line in block.strip().splitlines():
-            command = line.split("#")[0].split()
-            if command[:2] == ["python", "examples/coins.py"]:
-                monkeypatch.setattr(sys, "argv", command[1:])
-                script("coins.py").main()
-            else:
-                assert command[0] == "sam-split", line
-                less = {"finetune": ["--steps", "1", "--no-everything"], "evaluate": ["--no-everything"]}
-                assert main([*command[1:], *less.get(command[1], [])]) == 0, line
-                trained += command[1] == "finetune"
-    assert trained == 3
-    PeftModel.from_pretrained(AutoModel.from_pretrained("tiny"), "coins-adapter/adapter")
-    AutoModel.from_pretrained("merged")
-    measured = re.findall(r"0\.\d{3}\b", (EXAMPLES / "results" / "coins.md").read_text(encoding="utf-8"))
-    quoted = re.findall(r"0\.\d{3}\b", section)
-    assert len(quoted) == 3
-    assert set(quoted) <= set(measured)
+def test_launchers_are_the_pages():
+    text = " ".join((ROOT / "docs/finetune.md").read_text(encoding="utf-8").split())
+    assert all(f"`{launcher}" in text for launcher in LAUNCHERS)
 
 
 @pytest.mark.parametrize(("name", "longest"), [("own_loop.py", 60), ("trainer.py", 40)])

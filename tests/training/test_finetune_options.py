@@ -37,7 +37,7 @@ def test_command_line_parses_to_its_settings():
         "val": "test images", "holdout": 0.5, "split": "test", "image_column": "photo", "mask_column": "truth",
         "skip_bad": True, "preset": "late", "rank": 4, "late_layers": 2, "cache": "cache", "revision": "main",
         "prompts": "box", "corrections": 0, "background": 0, "objects": 3, "epochs": 2.5, "steps": 7, "batch": 1,
-        "accumulate": 2, "lr": 1e-05, "patience": 1, "checkpointing": True, "bf16": True, "seed": 3,
+        "accumulate": 2, "focal": 2.5, "lr": 1e-05, "patience": 1, "checkpointing": True, "bf16": True, "seed": 3,
         "deterministic": True, "save_steps": 5, "resume": True, "everything": False,
         "report_to": ("tensorboard", "wandb"), "quiet": True,
     }  # fmt: skip

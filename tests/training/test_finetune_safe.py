@@ -5,19 +5,25 @@ import json
 import platform
 import resource
 import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from training_data import image_folder
-from transformers.integrations import integration_utils
 
 import sam_split.modeling_sam_split as modeling
+import sam_split.training.trainer as trainer
 from conversion.cli import main
 from sam_split.training import find_examples
 from sam_split.training.finetuning import last_checkpoint
 from sam_split.training.trainer import PromptTrainer
 
+ROOT = Path(__file__).parents[2]
 QUICK = ["--batch", "2", "--objects", "3", "--lr", "5e-3", "--rank", "4", "--no-everything", "--quiet"]
 
 
@@ -71,6 +77,30 @@ def test_resumed_equals_uninterrupted(base, data, whole, tmp_path, monkeypatch, 
     assert last_checkpoint(tmp_path / "checkpoints").name == f"checkpoint-{6 if options[2:] else 4}"
     assert run(base, data, tmp_path, *options, "--resume") == 0
     assert adapter_hash(tmp_path) == adapter_hash(whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_stopped_by_a_signal_and_resumed(base, data, whole, tmp_path, number):
+    """At whatever moment of whatever step it comes."""
+    options = ["--epochs", "2", "--save-steps", "1"]
+    code = "import signal, sys; signal.signal(2, signal.default_int_handler); "  # tests in the background ignore it
+    code += "from conversion.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "finetune", str(base), str(data), str(tmp_path / "out")]
+    with (tmp_path / "printed").open("w") as file:  # bars of transformers 5.0 would fill a pipe that nobody reads
+        process = subprocess.Popen([*command, *QUICK, *options], cwd=ROOT, stderr=file)
+    while process.poll() is None and not (tmp_path / "out" / "checkpoints" / "checkpoint-3").exists():
+        time.sleep(0.01)
+    process.send_signal(number)
+    process.wait()
+    printed = (tmp_path / "printed").read_text()
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        assert "the same command with --resume goes on" in printed
+    else:
+        assert process.returncode == -number, printed
+    assert not (tmp_path / "out" / "adapter").exists(), "it was in the middle"
+    assert run(base, data, tmp_path / "out", *options, "--resume") == 0
+    assert adapter_hash(tmp_path / "out") == adapter_hash(whole)
 
 
 def test_deterministic(base, data, tmp_path, monkeypatch):
@@ -134,11 +164,11 @@ def test_digest_is_of_names_images_and_masks(tmp_path):
 
 def test_loss_that_is_not_finite_stops(base, data, whole, tmp_path, monkeypatch, capsys):
     """With step, images and advice; the last checkpoint stays, and the run can go on from it."""
-    loss = modeling.segmentation_loss
+    loss = trainer.segmentation_loss
 
     def spoilt(self, *args, **options):
         with monkeypatch.context() as patch:
-            patch.setattr(modeling, "segmentation_loss", lambda *given: loss(*given) * torch.nan)
+            patch.setattr(trainer, "segmentation_loss", lambda *given, **more: loss(*given, **more) * torch.nan)
             return step(self, *args, **options)
 
     step = PromptTrainer.compute_loss
@@ -196,32 +226,41 @@ def test_cut_checkpoint_is_not_taken(base, data, whole, tmp_path, monkeypatch):
     assert adapter_hash(tmp_path) == adapter_hash(whole)
 
 
-def test_nothing_is_encoded_twice(base, data, tmp_path, monkeypatch):
-    """Once in a step, with corrections; once in an evaluation, for all prompts; not at all where it is frozen."""
+@pytest.mark.parametrize(
+    ("preset", "again"),
+    [
+        # Four batches of two in a step each, one held out after the epoch, and two images before and after.
+        ("encoder", [2] * (4 + 1) + [1] * 2 * 2),
+        ("late", []),
+        ("decoder", []),
+    ],
+)
+def test_nothing_is_encoded_twice(base, data, tmp_path, monkeypatch, preset, again):
+    """Once in a step, with corrections; once in an evaluation, with everything-mode; and where it is frozen, once."""
     encoded = []
 
-    def forward(self, *args, **options):
-        encoded.append(len(self.layers) if hasattr(self.layers[0], "attn") else 0)
-        return encode(self, *args, **options)
+    def forward(self, pixel_values):
+        encoded.append(len(pixel_values))
+        return embed(self, pixel_values)
 
-    encode = modeling.SamSplitVisionEncoder.forward
-    monkeypatch.setattr(modeling.SamSplitVisionEncoder, "forward", forward)
-    options = "--epochs", "1", "--corrections", "3"
-    assert run(base, data, tmp_path / "encoder", *options) == 0
-    # Four steps, one batch of two images held out, and at the end each of these before and after.
-    assert encoded == [4] * (4 + 1 + 2 * 2)
-    encoded.clear()
-    assert run(base, data, tmp_path / "decoder", *options, "--preset", "decoder") == 0
-    assert encoded == [0] * (4 + 1) + [4] * (2 * 2)
+    embed = modeling.SamSplitPatchEmbeddings.forward
+    monkeypatch.setattr(modeling.SamSplitPatchEmbeddings, "forward", forward)
+    quick = [option for option in QUICK if option != "--no-everything"]
+    options = ["--epochs", "1", "--corrections", "3", "--preset", preset]
+    assert main(["finetune", str(base), str(data), str(tmp_path), *quick, *options]) == 0
+    frozen = [] if preset == "encoder" else [1] * 10
+    assert encoded == frozen + again
 
 
-def test_trackers_of_transformers(base, data, tmp_path, monkeypatch):
-    logged = []
+def test_tensorboard_gets_what_is_measured(base, data, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    class Tracker(transformers.TrainerCallback):
-        def on_log(self, args, state, control, logs=None, **others):
-            logged.append(logs)
-
-    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "mine", Tracker)
-    assert run(base, data, tmp_path, "--epochs", "1", "--report-to", "mine") == 0
-    assert any("eval_iou_1_click" in logs for logs in logged)
+    assert run(base, data, tmp_path, "--epochs", "2", "--report-to", "tensorboard") == 0
+    (events,) = (tmp_path / "checkpoints" / "runs").glob("*/events.*")
+    written = EventAccumulator(str(events)).Reload()
+    state = json.loads((tmp_path / "checkpoints" / "checkpoint-8" / "trainer_state.json").read_text())
+    for name in ("iou", "iou_box", "iou_1_click", "iou_3_clicks"):
+        expected = [(logs["step"], logs[f"eval_{name}"]) for logs in state["log_history"] if f"eval_{name}" in logs]
+        found = [(event.step, event.value) for event in written.Scalars(f"eval/{name}")]
+        assert [step for step, _ in found] == [4, 8]
+        assert found == [(step, pytest.approx(value)) for step, value in expected]

@@ -5,6 +5,7 @@ import pytest
 import torch
 from models import IMAGE_SIZE, pixels, split_model, stock_model
 from scipy.ndimage import distance_transform_edt
+from transformers import TrainingArguments
 
 from sam_split import VOID_LABEL, segmentation_loss
 from sam_split.training import (
@@ -17,6 +18,7 @@ from sam_split.training import (
     training_prompts,
 )
 from sam_split.training.scores import deepest_errors, deepest_points
+from sam_split.training.trainer import PromptTrainer
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +122,25 @@ def test_one_kind_of_step(model, embeddings, prompts, boxes):
 def test_the_same_seed_gives_the_same_step(model, embeddings):
     one, two = (training_prompts(model, embeddings, scene(), generator=seeded(5)) for _ in range(2))
     torch.testing.assert_close(one, two, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("kind", "kinds"), [("mixed", ["box", "points"]), ("box", ["box"]), ("points", ["points"])])
+def test_a_trainers_step_of_mixed_prompts_has_boxes_and_clicks(model, tmp_path, kind, kinds):
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, seed=7, disable_tqdm=True, label_names=["labels"])
+    trainer = PromptTrainer(model, arguments, prompts={"prompts": kind, "corrections": 2}, focal=3.0)
+    inputs = {"pixel_values": pixels(), "labels": scene()}
+    loss = trainer.compute_loss(model, inputs)
+    embeddings, generator = model.get_image_embeddings(pixels()), batch_generator(7, 0, 0)
+    losses = []
+    for first in kinds:
+        prompts, labels = training_prompts(model, embeddings, scene(), first, 2, generator=generator)
+        output = model(image_embeddings=embeddings, **prompts)
+        losses.append(segmentation_loss(output.pred_masks, output.iou_scores, labels, 3.0, iou_power=1))
+    torch.testing.assert_close(loss, torch.stack(losses).mean(), rtol=1e-6, atol=0)
+
+
+def batch_generator(seed, step, batch):
+    return seeded(int(np.random.SeedSequence([seed, step, batch]).generate_state(1)[0]))
 
 
 def test_without_background_clicks(model, embeddings):
