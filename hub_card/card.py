@@ -1,31 +1,43 @@
 """The model card of a folder: what it holds, how to use it, what was measured, and what code it runs.
 
-Every number comes from the folder itself or from an `Evidence` row; nothing is typed in by hand.
+The words stand in card_model.md and card_adapter.md. Every number comes from the folder itself.
 """
 
 import hashlib
-from collections.abc import Sequence
+import json
+import math
+import re
+from importlib.metadata import version
 from pathlib import Path
 from string import Template
+from typing import Literal
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from .sections import (
-    REPO_PLACEHOLDER,
-    Change,
-    Evidence,
-    code_section,
+from .folder import (
+    code_files,
     hub_id,
+    is_adapter,
     model_config,
+    modified_code,
     read_base,
     read_json,
-    refresh_code_section,
-    refresh_weights_section,
-    weights_section,
+    tensor_shapes,
+    weights_digest,
 )
-from .weight_files import is_adapter
 
-PAPER = "https://arxiv.org/abs/2304.02643"
+# Stands for the repository id until the push knows it; a valid id, so the card of an unpublished folder reads well.
+REPO_PLACEHOLDER = "your-name/your-sam-split"
+
+# "unknown": the values changed, and nothing in the folder says how.
+Change = Literal["split", "finetune", "merge", "unknown"]
+
+# The section on weights, of any weights and of whatever version; `ours` marks the lines in it that we wrote.
+WEIGHTS = re.compile(
+    r"<!-- sam-split: weights (?P<digest>\w+), our lines (?P<ours>[\w ]+) -->"
+    r"(?P<text>.*?)<!-- /sam-split: weights -->",
+    re.DOTALL,
+)
 CITATION = """@article{kirillov2023segany,
   title   = {Segment Anything},
   author  = {Kirillov, Alexander and Mintun, Eric and Ravi, Nikhila and Mao, Hanzi and Rolland, Chloe and
@@ -35,6 +47,7 @@ CITATION = """@article{kirillov2023segany,
   year    = {2023}
 }"""
 SIZES = {768: "ViT-B", 1024: "ViT-L", 1280: "ViT-H"}  # hidden size of the vision encoder -> the paper's name
+TAGS = ["segment-anything", "sam", "sam-split"]
 
 # Weights that are known to be Meta's: their repositories on the Hub, and the md5 of the files on their server.
 META_REPOSITORIES = ("facebook/sam-vit-base", "facebook/sam-vit-large", "facebook/sam-vit-huge")
@@ -52,7 +65,7 @@ def model_card(
     revision: str | None = None,
     change: Change = "split",
     resized_from: int | tuple[int, int] | None = None,
-    evidence: Sequence[Evidence] = (),
+    equal_to: str | None = None,
     repo_id: str = REPO_PLACEHOLDER,
 ) -> ModelCard:
     """The card of a split model folder, or of an adapter folder (one that holds `adapter_config.json`).
@@ -64,61 +77,59 @@ def model_card(
         revision: commit of `source` on the Hub.
         change: what was done to the source: "split" (qkv cut, no value changed), "finetune", "merge" or "unknown".
         resized_from: the source's `image_size`, if position tables were resampled for another one.
-        evidence: rows of the evidence table; without any, the card says nothing of a measurement.
+        equal_to: what every tensor of a model was found equal to, in words: "that of the source"; None if none was
+            compared, and the card says nothing of a measurement.
         repo_id: where it will be published; by default a placeholder that the push replaces.
 
     Raises:
         ValueError: if the folder holds neither a split model nor an adapter, or an adapter's base is not a Hub id.
     """
     folder = Path(folder)
-    data, named = metadata(folder, source), repo_id.split("/")[-1] if repo_id != REPO_PLACEHOLDER else None
+    kind, shapes = "adapter" if is_adapter(folder) else "model", tensor_shapes(folder)
     if is_adapter(folder):
-        base, config = read_base(folder), read_json(folder / "adapter_config.json")
-        method = "DoRA" if config.get("use_dora") else str(config.get("peft_type", "PEFT")).replace("LORA", "LoRA")
-        fields = {
-            "title": named or f"{method} adapter for {base.repo_id}",
-            "method": method,
-            "base": base.repo_id,
-            "at_revision": f" at revision `{base.revision}`" if base.revision else "",
-            "pinned": f', revision="{base.revision}", code_revision="{base.revision}"' if base.revision else "",
-        }
+        data, fields = _adapter(folder)
     else:
-        hidden = model_config(folder)["vision_config"]["hidden_size"]
-        size = SIZES.get(hidden, f"hidden size {hidden}")
-        metas = "Original weights: Segment Anything, Meta AI Research, Apache-2.0."
-        credit = metas if "license" in data else "The weights are under the licence of what they were made from."
-        fields = {"title": named or f"SamSplit {size}", "size": size, "paper": PAPER, "weights_credit": credit}
-    origin = _origin(source, revision)
-    section = weights_section(folder, origin=origin, change=change, resized_from=resized_from, evidence=evidence)
-    template = Path(__file__).parent / ("card_adapter.md" if is_adapter(folder) else "card_model.md")
-    body = Template(template.read_text(encoding="utf-8")).substitute(
-        fields, repo_id=repo_id, weights=section, code=code_section(folder, repo_id), citation=CITATION
-    )
+        data, fields = _model(folder, shapes, source, revision, change, resized_from, equal_to)
+    if repo_id != REPO_PLACEHOLDER:
+        fields["title"] = repo_id.split("/")[-1]
+    values = sum(math.prod(shape) for shape in shapes.values())
+    fields |= {"tensors": len(shapes), "values": f"{values:,}", "digest": weights_digest(folder), "ours": "OURS"}
+    words = Template((Path(__file__).parent / f"card_{kind}.md").read_text(encoding="utf-8"))
+    body = words.substitute(fields, repo_id=repo_id, citation=CITATION)
+    marks = dict.fromkeys(map(mark, WEIGHTS.search(body)["text"].splitlines()))
+    body = body.replace("our lines OURS", f"our lines {' '.join(marks)}")
     return ModelCard(f"---\n{ModelCardData(**data).to_yaml()}\n---\n\n{body}")
 
 
-def metadata(folder: str | Path, source: str | Path | None) -> dict:
-    """What the Hub needs to show and find a folder; the licence only where the weights are known to be Meta's.
+def mark(line: str) -> str:
+    return hashlib.sha256(line.strip().encode()).hexdigest()[:8]
 
-    Raises:
-        ValueError: as `model_card` does.
-    """
-    folder = Path(folder)
-    if is_adapter(folder):
-        return {
-            "library_name": "peft",
-            "pipeline_tag": "mask-generation",
-            "base_model": read_base(folder).repo_id,
-            "base_model_relation": "adapter",
-            "tags": ["segment-anything", "sam", "sam-split", "peft", "lora"],
-        }
-    model_config(folder)  # raises for any other model
+
+def _adapter(folder: Path) -> tuple[dict, dict]:
+    """Metadata of the card, and the fields of its template but for those that both kinds have."""
+    base, config = read_base(folder), read_json(folder / "adapter_config.json")
     data = {
-        "library_name": "transformers",
+        "library_name": "peft",
         "pipeline_tag": "mask-generation",
-        "tags": ["segment-anything", "sam", "sam-split", "image-segmentation", "peft", "custom_code"],
+        "base_model": base.repo_id,
+        "base_model_relation": "adapter",
+        "tags": [*TAGS, "peft", "lora"],
     }
-    base = hub_id(source) or _recorded_base(source)
+    method = "DoRA" if config.get("use_dora") else str(config.get("peft_type", "PEFT")).replace("LORA", "LoRA")
+    settings = {name: config.get(name) for name in ("r", "lora_alpha", "target_modules", "modules_to_save")}
+    return data, {
+        "title": f"{method} adapter for {base.repo_id}",
+        "method": method,
+        "base": base.repo_id,
+        "at_revision": f" at revision `{base.revision}`" if base.revision else " at no fixed revision",
+        "pinned": f', revision="{base.revision}", code_revision="{base.revision}"' if base.revision else "",
+        "settings": ", ".join(f"`{name}={json.dumps(value)}`" for name, value in settings.items() if value),
+    }
+
+
+def origin_metadata(source: str | Path | None) -> dict:
+    """What a model that was made from `source` tells the Hub of it: the base, and the licence of weights of Meta's."""
+    data, base = {}, hub_id(source) or _recorded_base(source)
     if base in META_REPOSITORIES or _is_metas(source):
         data["license"] = "apache-2.0"
     if base:
@@ -127,21 +138,83 @@ def metadata(folder: str | Path, source: str | Path | None) -> dict:
     return data
 
 
-def refreshed(text: str, folder: str | Path, repo_id: str, *, base: str | None, change: Change) -> str:
-    """`text` (a whole README.md) made true of `folder`, which will stand at `repo_id`.
+def _model(folder: Path, shapes, source, revision, change, resized_from, equal_to) -> tuple[dict, dict]:
+    """As `_adapter`, of a split model."""
+    config = model_config(folder)
+    vision = config["vision_config"]
+    data = {
+        "library_name": "transformers",
+        "pipeline_tag": "mask-generation",
+        "tags": [*TAGS, "image-segmentation", "peft", "custom_code"],
+    }
+    data |= origin_metadata(source)
+    credit = "The weights are under the licence of what they were made from."
+    if "license" in data:
+        credit = "Original weights: Segment Anything, Meta AI Research, Apache-2.0."
 
-    Args:
-        text: what `model_card` wrote and somebody may have edited, or what an author wrote without us.
-        folder: with its config, weights and code files in place.
-        repo_id: takes the place of the placeholder.
-        base: Hub id of what the weights were made from, if it is known.
-        change: what was done since, if the weights are no longer those that `text` describes.
-    """
-    text = refresh_code_section(text.replace(REPO_PLACEHOLDER, repo_id), folder, repo_id)
-    return refresh_weights_section(text, folder, _origin(base, None), change)
+    height, width = _pair(vision["image_size"])
+    rows, columns = 4 * height // vision["patch_size"], 4 * width // vision["patch_size"]
+    split = [name for name in shapes if re.search(r"\.attn\.[qkv]\.(weight|bias)$", name)]
+    kept = "no value changed"
+    if resized_from is not None:
+        before = "{} x {}".format(*_pair(resized_from))
+        kept = f"position tables were resampled from {before} to {height} x {width} pixels, no other value changed"
+    origin = named_source(source, revision)
+    sentences = {
+        "split": f"Changed against the base: the fused `qkv` layers of {origin} were cut into `q`, `k` and `v`, so "
+        f"{len(split) // 3} tensors became {len(split)}, beside {len(shapes) - len(split)} others; {kept}.",
+        "finetune": f"Changed against the base: {origin} was fine-tuned.",
+        "merge": f"Changed against the base: an adapter was merged into {origin}.",
+        "unknown": f"Made from {origin}. Its values were changed (fine-tuned, merged, ...); how is not recorded.",
+    }
+    rank, targets = 16, ["q", "v"]  # of the example
+    adapted = [shape for name, shape in shapes.items() if name.split(".")[-2:] in [[t, "weight"] for t in targets]]
+    trainable = sum(rank * (outputs + inputs) for outputs, inputs in adapted)  # LoRA's B (outputs, r), A (r, inputs)
+    size = SIZES.get(vision["hidden_size"], f"hidden size {vision['hidden_size']}")
+    digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in code_files(folder)}
+    return data, {
+        "title": f"SamSplit {size}",
+        "size": size,
+        "change": sentences[change],
+        "image": f"{height} x {width}",
+        "mask": f"{rows} x {columns}",
+        "evidence": _evidence(equal_to, config.get("dtype")),
+        "rank": rank,
+        "targets": json.dumps(targets),
+        "adapted": len(adapted),
+        "trainable": f"{trainable:,}",
+        "files": len(digests),
+        "code": _code_origin(folder),
+        "digests": "\n".join(f"| `{name}` | `{digest}` |" for name, digest in digests.items()),
+        "credit": credit,
+    }
 
 
-def _origin(source: str | Path | None, revision: str | None) -> str:
+def _code_origin(folder: Path) -> str:
+    import sam_split
+
+    package = f"sam-split {sam_split.__version__}"
+    modified = " and ".join(f"`{name}`" for name in modified_code(folder))
+    if modified:
+        return f"**Modified code.** Not those of {package}: {modified}; read before you run."
+    return f"They are byte for byte those of {package}."
+
+
+def _evidence(equal_to: str | None, dtype: str | None) -> str:
+    """What was measured: nothing, or a heading and a sentence after an empty line."""
+    if equal_to is None:
+        return ""
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+    return f"""
+### Evidence
+
+Measured on exactly these weights when the folder was made: every tensor, as read back from the disk, is equal,
+bit for bit, to {equal_to} ({dtype}; on the CPU; {versions}).
+"""
+
+
+def named_source(source: str | Path | None, revision: str | None = None) -> str:
+    """`source` in Markdown; of a path the last element alone."""
     if source is None:
         return "a model that is not recorded"
     base = hub_id(source)
@@ -170,3 +243,7 @@ def _is_metas(source: str | Path | None) -> bool:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
     return digest.hexdigest() in META_FILES
+
+
+def _pair(size) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)

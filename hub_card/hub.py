@@ -10,7 +10,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -30,16 +30,28 @@ class Published:
 
     repo_id: str
     oid: str
-    url: str
     changed: bool
+    repo_type: str = "model"
     pr_url: str | None = None
+
+    @property
+    def repo_url(self) -> str:
+        return f"{constants.ENDPOINT}/{'spaces/' * (self.repo_type == 'space')}{self.repo_id}"
+
+    @property
+    def url(self) -> str:
+        return f"{self.repo_url}/commit/{self.oid}"
 
 
 class Branch:
-    """A branch (or `refs/pr/N`) of a model repository, which may not exist yet."""
+    """A branch (or `refs/pr/N`) of a model repository or a static Space, which may not exist yet.
 
-    def __init__(self, api: HfApi, repo_id: str, name: str):
+    `where` is the repository, as arguments of HfApi.
+    """
+
+    def __init__(self, api: HfApi, repo_id: str, name: str = "main", repo_type: str = "model"):
         self.api, self.repo_id, self.name = api, repo_id, name
+        self.where = {"repo_id": repo_id, "repo_type": repo_type}
 
     def __str__(self):
         return f"{self.repo_id}@{self.name}"
@@ -48,7 +60,7 @@ class Branch:
         """The branch's commit; None if the repository or the branch does not exist."""
         with self._step("reading the branch"):
             try:
-                return self.api.model_info(self.repo_id, revision=self.name).sha
+                return self.api.repo_info(**self.where, revision=self.name).sha
             except GatedRepoError:
                 raise
             except (RepositoryNotFoundError, RevisionNotFoundError):
@@ -56,56 +68,58 @@ class Branch:
 
     def create(self, private: bool) -> str:
         """Make what is missing, the repository or the branch, and return the branch's commit."""
-        if Branch(self.api, self.repo_id, "main").head() is None:
-            with self._step("creating the repository"):
-                self.api.create_repo(self.repo_id, private=private or None, exist_ok=True)
-        if self.head() is None:
+        with self._step("creating the repository"):
+            sdk = "static" if self.where["repo_type"] == "space" else None
+            self.api.create_repo(**self.where, space_sdk=sdk, private=private or None, exist_ok=True)
+        if self.name != "main":
             with self._step("creating the branch"):
-                self.api.create_branch(self.repo_id, branch=self.name, exist_ok=True)
+                self.api.create_branch(**self.where, branch=self.name, exist_ok=True)
         head = self.head()
         if head is None:
             raise PushFailed(f"{self} was created but cannot be read; wait a moment and run the command again")
         return head
 
-    def differences(self, oid: str, staged: Staged) -> tuple[list[CommitOperationAdd], list[str]]:
-        """The staged files that a commit lacks or holds with other content, and the stale files that it holds."""
+    def differences(self, oid: str, staged: Staged) -> list[CommitOperationAdd | CommitOperationDelete]:
+        """What a commit on top of `oid` must do: write files that differ or are not there, delete stale ones."""
         remote = self._files(oid)
         changed = [file for file in staged.files if not _holds(remote.get(file.path_in_repo), file)]
-        return changed, sorted(path for path in remote if staged.is_stale(path))
+        return changed + [CommitOperationDelete(path) for path in sorted(remote) if staged.is_stale(path)]
 
     def refuse_unfit(self, oid: str, staged: Staged) -> None:
-        """Raises PushRefused if the Hub would drop some of the files, or if the repository is of the other kind."""
+        """Raises PushRefused if the Hub would drop some of the files, or if the repository is of another kind."""
         remote = self._files(oid)
         if ".gitignore" in remote:
             raise PushRefused(
                 f"{self.repo_id} holds a .gitignore, and the Hub silently drops files that match it; delete it first"
             )
-        other = "config.json" if staged.is_adapter else "adapter_config.json"
-        if other in remote:
-            kinds = ("adapter", "model") if staged.is_adapter else ("model", "adapter")
-            raise PushRefused(f"{self.repo_id} holds a {kinds[1]}; publish the {kinds[0]} in a repository of its own")
+        for other in filter(staged.kind.foreign.fullmatch, sorted(remote)):
+            raise PushRefused(f"{self.repo_id} holds {other} already; publish this one in a repository of its own")
+        if self.where["repo_type"] == "space":
+            with self._step("reading the Space"):
+                sdk = self.api.space_info(self.repo_id).sdk
+            if sdk not in (None, "static"):
+                raise PushRefused(f"{self.repo_id} is a Space made with {sdk}; publish this one in a Space of its own")
 
-    def publish(self, staged: Staged, parent: str, changes, message: str, create_pr: bool) -> Published:
+    def publish(self, staged: Staged, parent: str, operations: list, message: str, create_pr: bool) -> Published:
         """One commit on top of `parent` that makes the branch hold the staged files and no stale ones.
 
         Args:
-            changes: what `differences` found at `parent`.
+            operations: what `differences` found at `parent`.
 
         Raises:
             PushRefused: the Hub rejects the card.
             PushFailed: somebody pushed in between, or the Hub did not accept the commit; the branch was not touched.
         """
-        operations = changes[0] + [CommitOperationDelete(path) for path in changes[1]]
         try:
             commit = self.api.create_commit(
-                self.repo_id,
-                operations,
+                **self.where,
+                operations=operations,
                 commit_message=message,
                 revision=self.name,
                 parent_commit=parent,
                 create_pr=create_pr or None,
             )
-            published = Published(self.repo_id, commit.oid, commit.commit_url, True, commit.pr_url)
+            published = Published(**self.where, oid=commit.oid, changed=True, pr_url=commit.pr_url)
         except Exception as error:
             # The commit may have landed and the answer been lost: what the Hub holds decides.
             landed = self.find_open_request(staged) if create_pr else self._holding(staged)
@@ -118,11 +132,10 @@ class Branch:
                 raise self._failed("pushing", error) from None
             print("The Hub's answer was lost, but the commit is there.")
             published = dataclasses.replace(landed, changed=True)
-        wrong, left = self.differences(published.oid, staged)
-        if wrong or left:
-            names = ", ".join([file.path_in_repo for file in wrong] + left)
+        wrong = ", ".join(operation.path_in_repo for operation in self.differences(published.oid, staged))
+        if wrong:
             raise PushFailed(
-                f"{self.repo_id} at {published.oid} is not what was pushed; these files differ: {names}. "
+                f"{self.repo_id} at {published.oid} is not what was pushed; these files differ: {wrong}. "
                 "Run the command again"
             )
         return published
@@ -131,9 +144,9 @@ class Branch:
         """An open pull request that already brings exactly the staged files."""
         with self._step("listing pull requests"):
             kind = {"discussion_type": "pull_request", "discussion_status": "open"}
-            requests = list(self.api.get_repo_discussions(self.repo_id, **kind))
+            requests = list(self.api.get_repo_discussions(**self.where, **kind))
         for request in requests:
-            found = Branch(self.api, self.repo_id, request.git_reference)._holding(staged, request.url)
+            found = Branch(self.api, **self.where, name=request.git_reference)._holding(staged, request.url)
             if found:
                 return found
         return None
@@ -141,13 +154,13 @@ class Branch:
     def _holding(self, staged: Staged, pr_url: str | None = None) -> Published | None:
         """The branch's commit, if it holds exactly the staged files."""
         head = self.head()
-        if head is None or any(self.differences(head, staged)):
+        if head is None or self.differences(head, staged):
             return None
-        return Published(self.repo_id, head, f"{self.api.endpoint}/{self.repo_id}/commit/{head}", False, pr_url)
+        return Published(**self.where, oid=head, changed=False, pr_url=pr_url)
 
     def _files(self, oid: str) -> dict[str, RepoFile]:
         with self._step("listing the files"):
-            entries = self.api.list_repo_tree(self.repo_id, recursive=True, revision=oid)
+            entries = self.api.list_repo_tree(**self.where, recursive=True, revision=oid)
             return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}  # the rest are folders
 
     @contextlib.contextmanager

@@ -4,6 +4,7 @@ What is not listed here does not leave the machine: training states, `.env` file
 name.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -11,14 +12,15 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, ModelCard, ModelCardData
+from huggingface_hub import CommitOperationAdd
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from tqdm import tqdm
 
-from .card import metadata, model_card, refreshed
 from .errors import TOKEN, PushRefused
-from .sections import Base, Change, code_files, hub_id, model_config, modified_code, read_base, read_json
-from .weight_files import is_adapter
+from .folder import Base, code_files, is_adapter, model_config, modified_code, read_base, read_json
+from .onnx_card import published_onnx_card
+from .onnx_folder import GRAPH, export_paths, is_export
+from .standing_card import published_card
 
 MODEL_FILES = {
     "config.json": "configuration; its auto_map names the code",
@@ -31,8 +33,25 @@ ADAPTER_FILES = {
     "adapter_config.json": "adapter configuration; names the base",
     "adapter_model.safetensors": "adapter",
 }
+WEIGHTS = (".safetensors", ".onnx", ".onnx_data")  # how files of gigabytes end
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 CODE = re.compile(r"\w+_sam_split\.py")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of folder. `ours` matches what a push of one writes, `foreign` what only the others hold."""
+
+    name: str
+    ours: re.Pattern
+    foreign: re.Pattern
+
+
+_OURS = f"{'|'.join(map(re.escape, MODEL_FILES))}|{SHARD.pattern}|{CODE.pattern}"
+MODEL = Kind("model", re.compile(_OURS), re.compile(r"adapter_config\.json|onnx/mask_prompt_encoder\w*\.onnx"))
+ADAPTER = Kind("adapter", re.compile("|".join(map(re.escape, ADAPTER_FILES))), re.compile(r"config\.json"))
+EXPORT = Kind("ONNX graphs", GRAPH, re.compile(rf"adapter_config\.json|model\.safetensors.*|{CODE.pattern}"))
+SPACE = dataclasses.replace(EXPORT, name="page")
 
 
 @dataclass(frozen=True)
@@ -42,25 +61,20 @@ class Staged:
     folder: Path
     files: list[CommitOperationAdd]
     left_out: list[str]
+    kind: Kind
     base: Base | None  # of an adapter
-
-    @property
-    def is_adapter(self) -> bool:
-        return self.base is not None
 
     def is_stale(self, path: str) -> bool:
         """Whether a file on the Hub is one that an earlier push of ours left and this one does not bring."""
-        if path in {file.path_in_repo for file in self.files}:
-            return False
-        if self.is_adapter:
-            return path in ADAPTER_FILES
-        return path in MODEL_FILES or bool(SHARD.fullmatch(path) or CODE.fullmatch(path))
+        return bool(self.kind.ours.fullmatch(path)) and path not in {file.path_in_repo for file in self.files}
 
 
 def what(path: str) -> str:
     """What a file that is pushed is for."""
     known = {**MODEL_FILES, **ADAPTER_FILES, "README.md": "model card", "LICENSE": "licence"}
-    return known.get(path, "code that trust_remote_code runs" if CODE.fullmatch(path) else "weights")
+    if CODE.fullmatch(path):
+        return "code that trust_remote_code runs"
+    return known.get(path, "weights" if SHARD.fullmatch(path) else "graph" if GRAPH.fullmatch(path) else "page")
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -80,11 +94,15 @@ def stage(
     *,
     allow_modified_code: bool = False,
     base: Base | None = None,
+    space: bool = False,
+    demo: str | None = None,
 ) -> Staged:
     """Copy what belongs into `target` (an empty folder), with the card and the configs as they will be published.
 
     Args:
         base: of an adapter, its Hub id and commit; of a model, what it was made from if its card does not say.
+        space: whether for a Space that shows an exported model.
+        demo: id of the Space that the card of a model or an adapter links to.
 
     Raises:
         PushRefused: if the folder is incomplete, ambiguous, not a split model, or holds a token.
@@ -92,27 +110,59 @@ def stage(
     folder, target = Path(folder), Path(target)
     if not folder.is_dir():
         raise PushRefused(f"{folder} is not a folder; give the one that `sam-split convert` or save_pretrained wrote")
+    kind = _kind(folder, space)
+    if (base or demo) and kind in (EXPORT, SPACE):
+        raise PushRefused(f"{folder} was exported, and its card names its base; leave out --base-model and --demo")
     try:
-        paths = _adapter_paths(folder) if is_adapter(folder) else _model_paths(folder, allow_modified_code)
-        paths += [name for name in ("README.md", "LICENSE") if (folder / name).is_file()]
+        if kind is ADAPTER:
+            paths = _adapter_paths(folder)
+        elif kind is MODEL:
+            paths = _model_paths(folder, allow_modified_code)
+        else:
+            paths = export_paths(folder, space)
+        paths += [name for name in ("README.md", "LICENSE") if (folder / name).is_file() and name not in paths]
         for path in paths:
+            (target / path).parent.mkdir(parents=True, exist_ok=True)
             _link_or_copy(folder / path, target / path)
-        if is_adapter(folder):
+        if kind is ADAPTER:
             theirs, config = read_base(folder, base), read_json(folder / "adapter_config.json")
             # auto_mapping holds the name and hash of a local module, true on this machine only.
             named = {"base_model_name_or_path": theirs.repo_id, "revision": theirs.revision, "auto_mapping": None}
-            _rewrite_json(target / "adapter_config.json", {**config, **named})
+            _write_json(target / "adapter_config.json", {**config, **named})
+        elif kind is MODEL:
+            _write_json(target / "config.json", _published_config(folder))
+        if kind in (EXPORT, SPACE):
+            card = published_onnx_card(target, repo_id, space)
         else:
-            _rewrite_json(target / "config.json", _published_config(folder))
-        card = _published_card(folder, target, repo_id, base)
+            trained = any((folder / name).is_file() for name in ("training_args.bin", "trainer_state.json"))
+            card = published_card(target, repo_id, base, "finetune" if trained else "unknown", demo)
     except ValueError as error:
         raise PushRefused(str(error).replace(str(target), str(folder))) from None
     (target / "README.md").write_text(card, encoding="utf-8", newline="\n")
     names = sorted({*paths, "README.md"})
     _refuse_tokens(target, names)
     files = [CommitOperationAdd(name, target / name) for name in tqdm(names, desc="Hashing", unit="file")]
-    left_out = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir() if entry.name not in names)
-    return Staged(target, files, left_out, read_base(target) if is_adapter(folder) else None)
+    return Staged(target, files, _left_out(folder, names), kind, read_base(target) if kind is ADAPTER else None)
+
+
+def _kind(folder: Path, space: bool) -> Kind:
+    if is_adapter(folder):
+        kind = ADAPTER
+    elif is_export(folder):
+        kind = SPACE if space else EXPORT
+    else:
+        kind = MODEL
+    if space and kind is not SPACE:
+        raise PushRefused(f"{folder} is no page; a Space shows what `sam-split export MODEL OUT --page` writes")
+    return kind
+
+
+def _left_out(folder: Path, names: list[str]) -> list[str]:
+    """What lies beside the files `names`, in the same folders."""
+    published = {folder / name for name in names}
+    parents = {parent for path in published for parent in path.parents if parent.is_relative_to(folder)}
+    found = {path for parent in parents for path in parent.iterdir()} - published - parents
+    return sorted(path.relative_to(folder).as_posix() + "/" * path.is_dir() for path in found)
 
 
 def _model_paths(folder: Path, allow_modified_code: bool) -> list[str]:
@@ -183,62 +233,19 @@ def _published_config(folder: Path) -> dict:
     return {**config, "auto_map": AUTO_MAP}
 
 
-def _published_card(folder: Path, target: Path, repo_id: str, base: Base | None) -> str:
-    readme = folder / "README.md"
-    try:
-        text = readme.read_text(encoding="utf-8-sig") if readme.is_file() else ""
-    except UnicodeDecodeError:
-        raise PushRefused(f"{readme} is not UTF-8; save it in that encoding") from None
-    trained = any((folder / name).is_file() for name in ("training_args.bin", "trainer_state.json"))
-    change: Change = "finetune" if trained else "unknown"
-    if _is_blank(text):
-        source, revision = (base.repo_id, base.revision) if base else (None, None)
-        return str(model_card(target, source=source, revision=revision, change=change, repo_id=repo_id))
-    try:
-        card = ModelCard(text)
-    except Exception as error:  # ValueError, or whatever the YAML parser raises
-        raise PushRefused(f"{readme}: its metadata, between the two --- lines, does not parse: {error}") from None
-    named = card.data.get("base_model")
-    bases = named if isinstance(named, list) else [named or (base.repo_id if base else None)]
-    if not is_adapter(folder) and any(name and not hub_id(name) for name in bases):
-        raise PushRefused(f"{readme}: base_model is {named!r}, expected a Hub id; correct or remove it")
-    wanted = metadata(target, bases[0])
-    missing = {key: value for key, value in wanted.items() if card.data.get(key) is None}
-    if is_adapter(folder) and named != wanted["base_model"]:
-        missing |= {key: value for key, value in wanted.items() if key.startswith("base_model")}
-    for key, value in missing.items():
-        card.data[key] = value
-    text = str(card) if missing else text
-    return refreshed(text, target, repo_id, base=bases[0], change=change)
-
-
-def _is_blank(text: str) -> bool:
-    """Whether nobody wrote anything: no card, or the form of PEFT, Trainer and save_pretrained as they leave it."""
-    if "Model Card for Model ID" not in text:
-        return not text.strip()
-    form = ModelCard.from_template(ModelCardData()).text.splitlines()
-    generated = re.compile(r"### Framework versions|- PEFT \S+|.*automatically generated\.")
-    lines = ModelCard(text, ignore_metadata_errors=True).text.splitlines()
-    return all(line in form or generated.fullmatch(line) for line in lines)
-
-
 def _refuse_tokens(folder: Path, names: list[str]) -> None:
     for name in names:
-        if not name.endswith(".safetensors") and TOKEN.search((folder / name).read_bytes().decode("latin-1")):
+        if not name.endswith(WEIGHTS) and TOKEN.search((folder / name).read_bytes().decode("latin-1")):
             raise PushRefused(f"{name} holds what looks like a Hugging Face token; remove it, and revoke the token")
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
     source = source.resolve()  # files of a Hub cache are links themselves
-    if source.suffix != ".safetensors":
-        shutil.copyfile(source, target)
-        return
     try:
-        os.link(source, target)  # weights are gigabytes
+        (os.link if source.name.endswith(WEIGHTS) else shutil.copyfile)(source, target)  # weights are gigabytes
     except OSError:  # another file system
         shutil.copyfile(source, target)
 
 
-def _rewrite_json(path: Path, content: dict) -> None:
-    if read_json(path) != content:
-        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8", newline="\n")
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8", newline="\n")

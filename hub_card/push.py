@@ -1,107 +1,26 @@
-"""Publish a folder: stage it, load it without this package, then put it on the Hub in one commit.
+"""Publish a folder: stage it, load what is staged, then put it on the Hub in one commit.
 
     sam-split push FOLDER NAME/REPOSITORY
 
-Nothing is sent before the staged copy has loaded in a fresh interpreter that cannot import this package, with every
-tensor equal to the folder's. Afterwards every file on the Hub is compared with the local one by hash.
+Nothing is sent before the staged copy of a model or an adapter has loaded in a fresh interpreter that cannot import
+this package, with every tensor equal to the folder's, or exported graphs have loaded in onnxruntime. Afterwards every
+file on the Hub is compared with the local one by hash.
 """
 
-import argparse
 import dataclasses
-import json
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 
-from .errors import PushFailed, PushRefused
+from .errors import PushRefused
+from .folder import Base, is_adapter, read_base
 from .hub import Branch, Published, redact
-from .publishable import Staged, check_repo_id, stage, what
-from .sections import Base, read_base
-from .weight_files import is_adapter
-
-DESCRIPTION = """\
-Publish FOLDER (a split model, or a LoRA adapter) as NAME/REPOSITORY, in one commit or not at all.
-
-The files to publish are listed, copied, and loaded in a fresh process before anything is sent. If somebody else pushes
-at the same time, nothing is overwritten. After an error, run the command again: it does what is left. The token is
-read from HF_TOKEN or from `hf auth login`. What README.md says of other weights than those in FOLDER is replaced in
-the published copy.
-"""
-
-
-def add_parser(subparsers) -> None:
-    parser = subparsers.add_parser(
-        "push",
-        help="publish a folder on the Hugging Face Hub",
-        description=DESCRIPTION,
-        epilog="example:\n  sam-split push sam-split-vit-base you/sam-split-vit-base --dry-run",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("folder", metavar="FOLDER", help="written by `sam-split convert`, or by save_pretrained")
-    parser.add_argument("repo_id", metavar="REPO_ID", help="name/repository; created if it does not exist")
-    parser.add_argument("--private", action="store_true", help="if the repository has to be created, make it private")
-    parser.add_argument(
-        "--branch", default="main", metavar="B", help="branch to push to; created if it does not exist"
-    )
-    parser.add_argument("--create-pr", action="store_true", help="open a pull request; the branch stays as it is")
-    parser.add_argument("--message", metavar="M", help="title of the commit")
-    parser.add_argument("--dry-run", action="store_true", help="do everything but write to the Hub")
-    parser.add_argument(
-        "--allow-modified-code",
-        action="store_true",
-        help="push code files that differ from this package's; the card says so",
-    )
-    parser.add_argument(
-        "--base-model", metavar="REPO_ID", help="Hub id of the model an adapter or fine-tuned weights were made from"
-    )
-    parser.add_argument("--base-revision", metavar="SHA", help="commit of --base-model")
-    parser.set_defaults(run=run)
-
-
-def add_push_to_hub(parser) -> None:
-    """`--push-to-hub` and `--private`, for a command that writes `args.out`."""
-    parser.add_argument("--push-to-hub", metavar="REPO_ID", help="then publish OUT there, as `sam-split push` does")
-    parser.add_argument("--private", action="store_true", help="with --push-to-hub: make it private")
-
-
-def check_push_to_hub(args) -> None:
-    """Raises PushRefused for a repository id that cannot be one, before hours of work are spent on it."""
-    if args.push_to_hub is None:
-        if args.private:
-            raise PushRefused("--private is about the repository on the Hub; give its id with --push-to-hub as well")
-    else:
-        check_repo_id(args.push_to_hub)
-
-
-def run_push_to_hub(args) -> int:
-    """Publish `args.out` if `--push-to-hub` was given; the exit code."""
-    if args.push_to_hub is None:
-        return 0
-    return _publish(args.out, args.push_to_hub, private=args.private)
-
-
-def run(args) -> int:
-    """`push` with parsed options; 0 when published or already there, 1 when the Hub failed, 2 for bad input."""
-    if args.base_revision and not args.base_model:
-        raise PushRefused("--base-revision is a commit of the base; give its id with --base-model as well")
-    base = Base(args.base_model, args.base_revision) if args.base_model else None
-    names = ("private", "branch", "create_pr", "message", "dry_run", "allow_modified_code")
-    return _publish(args.folder, args.repo_id, base=base, **{name: getattr(args, name) for name in names})
-
-
-def _publish(folder, repo_id, **options) -> int:
-    try:
-        push(folder, repo_id, **options)
-    except (ValueError, PushFailed) as error:
-        failed = isinstance(error, PushFailed)
-        bar = "\n" * failed  # huggingface_hub leaves the line of its progress bar open
-        print(f"{bar}sam-split: error: {redact(str(error))}", file=sys.stderr)
-        return 1 if failed else 2
-    return 0
+from .onnx_folder import load_graphs
+from .publishable import ADAPTER, EXPORT, SPACE, Staged, check_repo_id, stage, what
 
 
 def push(
@@ -115,8 +34,10 @@ def push(
     dry_run: bool = False,
     allow_modified_code: bool = False,
     base: Base | None = None,
+    space: bool = False,
+    demo: str | None = None,
 ) -> Published | None:
-    """Publish a split model, or an adapter, and say where.
+    """Publish a split model, an adapter, or what was exported of one, and say where.
 
     The arguments are the options of the command, which `sam-split push --help` explains; `base` is what the adapter
     or the weights were made from, where the folder itself does not say.
@@ -134,16 +55,32 @@ def push(
     if not dry_run and get_token() is None:
         raise PushRefused("no Hub token found; run `hf auth login`, or set HF_TOKEN")
     api = HfApi()
-    target = Branch(api, repo_id, branch)
+    target = Branch(api, repo_id, branch, "space" if space else "model")
+    if demo:
+        check_repo_id(demo)
+        if Branch(api, demo, repo_type="space").head() is None:
+            raise PushRefused(f"the Space {demo} is not on the Hub; push it first: sam-split push PAGE {demo} --space")
     with tempfile.TemporaryDirectory(prefix="sam-split-push-") as scratch:
         staged_folder = Path(scratch, "staged")
         staged_folder.mkdir()
-        if is_adapter(folder):
+        if is_adapter(folder) and not space:
             base = _pinned(api, read_base(folder, base))
-        staged = stage(folder, staged_folder, repo_id, allow_modified_code=allow_modified_code, base=base)
+        staged = stage(
+            folder,
+            staged_folder,
+            repo_id,
+            allow_modified_code=allow_modified_code,
+            base=base,
+            space=space,
+            demo=demo,
+        )
         _print_table(staged, target)
-        print("Loading the staged files in a fresh process, without this package ...", flush=True)
-        print(load_in_fresh_process(staged, folder))
+        if staged.kind in (EXPORT, SPACE):
+            print("Loading the graphs in onnxruntime ...", flush=True)
+            print(load_graphs(staged_folder, [file.path_in_repo for file in staged.files]))
+        else:
+            print("Loading the staged files in a fresh process, without this package ...", flush=True)
+            print(load_in_fresh_process(staged, folder))
 
         head = target.head()
         if head is None and dry_run:
@@ -151,20 +88,17 @@ def push(
             return None
         head = head or target.create(private)
         target.refuse_unfit(head, staged)
-        changes = target.differences(head, staged)
-        if not any(changes):
-            published = Published(repo_id, head, f"{api.endpoint}/{repo_id}/commit/{head}", False)
-        else:
+        published, operations = Published(**target.where, oid=head, changed=False), target.differences(head, staged)
+        if operations:
             print(f"{'Dry run: a push would, in' if dry_run else 'In'} one commit on top of {head}:")
-            for file in changes[0]:
-                print(f"  write  {file.path_in_repo}")
-            for path in changes[1]:
-                print(f"  delete {path}")
+            for operation in operations:
+                verb = "write " if isinstance(operation, CommitOperationAdd) else "delete"
+                print(f"  {verb} {operation.path_in_repo}")
             if dry_run:
                 return None
-            title = message or f"Upload SamSplit {'adapter' if staged.is_adapter else 'model'}"
-            published = target.find_open_request(staged) if create_pr else None
-            published = published or target.publish(staged, head, changes, title, create_pr)
+            title = message or f"Upload SamSplit {staged.kind.name}"
+            found = target.find_open_request(staged) if create_pr else None
+            published = found or target.publish(staged, head, operations, title, create_pr)
     _print_result(published, staged)
     return None if dry_run else published
 
@@ -180,7 +114,7 @@ def load_in_fresh_process(staged: Staged, folder: str | Path) -> str:
     environment = dict(os.environ)
     with tempfile.TemporaryDirectory(prefix="sam-split-modules-") as scratch:
         environment["HF_MODULES_CACHE"] = scratch  # or an earlier load's code could answer for this one's
-        if staged.is_adapter:
+        if staged.base:
             arguments += [staged.base.repo_id, staged.base.revision or "main"]
         else:
             environment["HF_HUB_OFFLINE"] = "1"
@@ -193,9 +127,7 @@ def load_in_fresh_process(staged: Staged, folder: str | Path) -> str:
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"the process ended with {done.returncode}"]
         raise PushRefused(f"{folder} does not load in a fresh process: {redact(lines[-1])}")
-    found = json.loads(done.stdout.strip().splitlines()[-1])
-    versions = f"transformers {found['transformers']}, torch {found['torch']}"
-    return f"It loads: {found['tensors']} tensors, each equal to the one in the weight files ({versions})."
+    return done.stdout.strip().splitlines()[-1]
 
 
 def _pinned(api: HfApi, base: Base) -> Base:
@@ -225,9 +157,16 @@ def _print_result(published: Published, staged: Staged) -> None:
         print(f"Nothing to do, these files are there already: {published.url}")
     if published.pr_url:
         print(f"Pull request: {published.pr_url}")
-    print("Every file was compared with the Hub's by hash. Load exactly this with")
+    print("Every file was compared with the Hub's by hash.")
+    if staged.kind is SPACE:
+        print(f"The page: {published.repo_url}")
+        print(f"A model's card links to it after: sam-split push MODEL REPO_ID --demo {published.repo_id}")
+        return
+    print("Load exactly this with")
     where = f'"{published.repo_id}", revision="{published.oid}"'
-    if staged.is_adapter:
+    if staged.kind is EXPORT:
+        print(f'  SamModel.from_pretrained("{published.repo_id}", {{ revision: "{published.oid}" }})')
+    elif staged.kind is ADAPTER:
         print(f"  PeftModel.from_pretrained(base, {where})")
     else:
         print(f'  AutoModel.from_pretrained({where}, code_revision="{published.oid}", trust_remote_code=True)')

@@ -28,13 +28,14 @@ def save_split_model(folder, seed: int = 0):
 def save_adapter(model, folder, **options):
     """A LoRA adapter on q and v whose weights are not zero, as they are before training."""
     torch.manual_seed(0)
-    adapted = get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["q", "v"], **options}))
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_()
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q", "v"], init_lora_weights=False, **options)
+    adapted = get_peft_model(model, config)
     adapted.save_pretrained(folder)
     return adapted
+
+
+def card_of(staged) -> str:
+    return (staged.folder / "README.md").read_text()
 
 
 def edit_json(path, **changes):

@@ -4,14 +4,14 @@
         hub.on("POST /api/models/.*/commit/", lambda serve: Answer(503), times=2)
 
 It answers what unmodified clients ask when they push and load, and is as strict as the Hub: a commit applies whole and
-on the parent that it names, or not at all. xet is switched off in the client's environment.
+on the parent that it names, or not at all. xet is switched off in the client's environment. The methods below know the
+Space alice/page as "spaces/alice/page".
 """
 
 import base64
 import contextlib
 import hashlib
 import json
-import os
 import re
 import sys
 import threading
@@ -20,67 +20,55 @@ from dataclasses import dataclass, field
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, unquote, urlsplit
+from typing import NamedTuple
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 import pytest
 
 TOKEN = "oauth-AliceWritesHere.0123456789"  # known by its value alone: it does not look like a token of the Hub
 
 
-@dataclass(frozen=True)
-class StoredFile:
-    data: bytes
-    lfs: bool = False
-
-    @property
-    def oid(self) -> str:
-        """What the Hub calls it: an LFS file by its sha256, any other by the name that git gives it."""
-        if self.lfs:
-            return hashlib.sha256(self.data).hexdigest()
-        return hashlib.sha1(b"blob %d\0" % len(self.data) + self.data).hexdigest()
-
-
 @dataclass
 class Commit:
     parent: str | None
     title: str
-    files: dict[str, StoredFile]
+    files: dict[str, bytes]
 
 
 @dataclass
 class Repository:
-    private: bool = False
+    private: bool
+    sdk: str | None = None  # of a Space
     refs: dict[str, str] = field(default_factory=dict)  # a branch, a tag or refs/pr/N -> commit
     commits: dict[str, Commit] = field(default_factory=dict)  # oldest first
-    closed: set[str] = field(default_factory=set)  # pull requests
+    pull_requests: dict[str, str] = field(default_factory=dict)  # ref -> "open" or "closed"
 
-    @property
-    def pull_requests(self) -> list[str]:
-        return [ref for ref in self.refs if ref.startswith("refs/pr/")]
-
-    def commit(self, ref: str, title: str, files: dict[str, StoredFile], parent: str | None) -> str:
+    def commit(self, ref: str, title: str, files: dict[str, bytes], parent: str | None) -> str:
         """Let `ref` point at a new commit."""
         oid = self.refs[ref] = hashlib.sha1(f"{parent}{title}{len(self.commits)}".encode()).hexdigest()
         self.commits[oid] = Commit(parent, title, files)
         return oid
 
 
-@dataclass
-class Request:
+def in_lfs(path: str) -> bool:
+    return path.endswith((".safetensors", ".onnx", ".onnx_data", ".jpg"))
+
+
+def name_of(path: str, data: bytes) -> str:
+    """What the Hub calls a file: one in LFS by its sha256, any other by the name that git gives it."""
+    if in_lfs(path):
+        return hashlib.sha256(data).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+class Request(NamedTuple):
     """One request as it arrived."""
 
     method: str
-    target: str
+    path: str
+    query: dict[str, str]
     signed_in: bool
-    body: bytes = field(repr=False)
-
-    @property
-    def path(self) -> str:
-        return urlsplit(self.target).path
-
-    @property
-    def query(self) -> dict[str, str]:
-        return {key: values[-1] for key, values in parse_qs(urlsplit(self.target).query).items()}
+    body: bytes
 
     def lines(self) -> list[dict]:
         """The JSON objects of its body, one a line."""
@@ -99,19 +87,17 @@ class Answer(Exception):
         self.headers = {"Content-Type": kind, "Content-Length": str(len(self.body)), **named}
 
 
-Serve = Callable[[], Answer]
-
-
 class HubServer(ThreadingHTTPServer):
     """The Hub on 127.0.0.1, in threads of this process. `requests` is every request seen, in order of arrival."""
-
-    daemon_threads = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.lock = threading.RLock()
-        self.reset()
+        self.repositories: dict[str, Repository] = {}
+        self.objects: dict[str, bytes] = {}  # sha256 -> bytes, whether or not a commit points there
+        self.requests: list[Request] = []
+        self.faults: list[list] = []
 
     def __enter__(self):
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
@@ -127,11 +113,9 @@ class HubServer(ThreadingHTTPServer):
 
     def environment(self, home: str | Path) -> dict[str, str]:
         """What a client's process must be started with; huggingface_hub reads it once, at import."""
-        foreign = ("HF_", "HUGGING", "TRANSFORMERS_")
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
         switches = ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_UPDATE_CHECK", "HF_HUB_DISABLE_XET")
         ours = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_TOKEN": TOKEN, "NO_PROXY": "127.0.0.1"}
-        return kept | ours | dict.fromkeys(switches, "1")
+        return {"HF_HUB_OFFLINE": "0", **ours, **dict.fromkeys(switches, "1")}
 
     @contextlib.contextmanager
     def client(self, home: str | Path, **variables: str):
@@ -139,9 +123,11 @@ class HubServer(ThreadingHTTPServer):
         from huggingface_hub import constants, utils
 
         with pytest.MonkeyPatch.context() as patch:
-            for name, value in {"HF_HUB_OFFLINE": "0", **self.environment(home), **variables}.items():
+            for name, value in {**self.environment(home), **variables}.items():
                 patch.setenv(name, value)
             patch.setattr(constants, "ENDPOINT", self.url)
+            template = constants.HUGGINGFACE_CO_URL_TEMPLATE.partition("/{repo_id}")
+            patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", self.url + "".join(template[1:]))
             patch.setattr(constants, "HF_HUB_OFFLINE", False)
             patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
             getattr(utils, "reset_sessions", lambda: None)()  # before 1.0, a session keeps what it was opened with
@@ -149,39 +135,28 @@ class HubServer(ThreadingHTTPServer):
 
     # What tests do behind the client's back
 
-    def reset(self):
-        """Forget every repository, file, request and fault."""
-        self.repositories: dict[str, Repository] = {}
-        self.objects: dict[str, bytes] = {}  # sha256 -> bytes, whether or not a commit points there
-        self.requests: list[Request] = []
-        self.faults: list[list] = []
-
-    def on(self, pattern: str, act: Callable[[Serve], Answer | None], *, times: int = 1):
+    def on(self, pattern: str, act: Callable[[Callable], Answer | None], *, times: int = 1):
         """Let `act` answer the next `times` requests whose "METHOD /path" begins with the regex `pattern`.
 
         It gets the function that serves the request, and returns an answer or None, which cuts the connection.
         """
         self.faults.append([times, re.compile(pattern), act])
 
-    def create(self, repo_id: str, files: dict[str, bytes] | None = None, *, private=False):
-        repository = self.repositories[repo_id] = Repository(private)
-        attributes = StoredFile(b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n")
-        repository.commit("main", "initial commit", {".gitattributes": attributes}, None)
-        if files:
-            self.commit(repo_id, files)
+    def create(self, repo_id: str, files: dict[str, bytes] | None = None, *, private=False, sdk=None):
+        repository = self.repositories[repo_id] = Repository(private, sdk)
+        attributes = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
+        repository.commit("main", "initial commit", {".gitattributes": attributes, **(files or {})}, None)
 
     def commit(self, repo_id: str, files: dict[str, bytes]):
-        """Add regular files to main, as somebody else would."""
-        repository, head = self.repositories[repo_id], self.head(repo_id)
-        edited = {path: StoredFile(data) for path, data in files.items()}
-        repository.commit("main", "Edit", {**repository.commits[head].files, **edited}, head)
+        """Add files to main, as somebody else would."""
+        head = self.head(repo_id)
+        self.repositories[repo_id].commit("main", "Edit", {**self.files(repo_id), **files}, head)
 
     def head(self, repo_id: str, ref: str = "main") -> str:
         return self.repositories[repo_id].refs[ref]
 
     def files(self, repo_id: str, ref: str = "main") -> dict[str, bytes]:
-        commit = self.repositories[repo_id].commits[self.head(repo_id, ref)]
-        return {path: file.data for path, file in commit.files.items()}
+        return self.repositories[repo_id].commits[self.head(repo_id, ref)].files
 
     # Serving
 
@@ -206,6 +181,11 @@ class HubServer(ThreadingHTTPServer):
                 return refused
 
     def _route(self, method: str, parts: list[str], request: Request) -> Answer:
+        match parts:
+            case ["spaces", owner, *rest]:
+                parts = [f"spaces/{owner}", *rest]
+            case ["api", "spaces", owner, *rest]:
+                parts = ["api", "models", f"spaces/{owner}", *rest]
         match method, parts:
             case "POST", ["api", "repos", "create"]:
                 return self._create_repository(**json.loads(request.body))
@@ -220,7 +200,8 @@ class HubServer(ThreadingHTTPServer):
                 return self._file(self._commit_at(f"{owner}/{name}", revision), "/".join(path))
             case "GET", ["api", "models", owner, name] | ["api", "models", owner, name, "revision", _]:
                 oid = self._commit_at(f"{owner}/{name}", parts[5] if parts[5:] else "main")[0]
-                return Answer(body={"id": f"{owner}/{name}", "sha": oid, "tags": [], "siblings": []})
+                about = {"sdk": self.repositories[f"{owner}/{name}"].sdk, "tags": [], "siblings": []}
+                return Answer(body={"id": f"{owner}/{name}".removeprefix("spaces/"), "sha": oid, **about})
             case "GET", ["api", "models", owner, name, "tree", revision]:
                 return self._tree(self._commit_at(f"{owner}/{name}", revision)[1])
             case "GET", ["api", "models", owner, name, "discussions"]:
@@ -244,39 +225,40 @@ class HubServer(ThreadingHTTPServer):
             raise Answer(404, X_Error_Code="RevisionNotFound")
         return oid, repository.commits[oid]
 
-    def _create_repository(self, name, organization=None, private=False, visibility=None, **_) -> Answer:
-        repo_id = f"{organization or 'alice'}/{name}"
+    def _create_repository(self, name, organization=None, private=False, visibility=None, type="", sdk=None) -> Answer:
+        repo_id = f"{'spaces/' * (type == 'space')}{organization or 'alice'}/{name}"
         url = f"{self.url}/{repo_id}"
         if repo_id in self.repositories:
             raise Answer(409, {"error": "You already created this model repo", "url": url})
-        self.create(repo_id, private=private or visibility == "private")
+        template = {path: b"template" for path in ("README.md", "index.html", "style.css") if sdk == "static"}
+        self.create(repo_id, template, private=private or visibility == "private", sdk=sdk)
         return Answer(body={"url": url})
 
     def _tree(self, commit: Commit) -> Answer:
         entries = []
-        for path, stored in commit.files.items():
+        for path, data in commit.files.items():
             for parent in list(Path(path).parents)[:-1]:
                 entries.append({"type": "directory", "oid": "0" * 40, "path": str(parent)})
-            entry = {"type": "file", "oid": stored.oid, "size": len(stored.data), "path": path}
-            if stored.lfs:  # git knows its pointer only
-                entry |= {"oid": "0" * 40, "lfs": {"oid": stored.oid, "size": len(stored.data), "pointerSize": 130}}
+            entry = {"type": "file", "oid": name_of(path, data), "size": len(data), "path": path}
+            if in_lfs(path):  # git knows its pointer only
+                entry |= {"oid": "0" * 40, "lfs": {"oid": entry["oid"], "size": len(data), "pointerSize": 130}}
             entries.append(entry)
         return Answer(body=entries)
 
     def _pull_requests(self, repo_id: str, query: dict[str, str]) -> Answer:
-        repository, listed = self.repositories[repo_id], []
-        for ref in repository.pull_requests:
-            status = "closed" if ref in repository.closed else "open"
+        listed = []
+        for ref, status in self.repositories[repo_id].pull_requests.items():
             if query.get("status", status) == status:
                 entry = {"num": int(ref.split("/")[-1]), "title": "", "status": status, "isPullRequest": True}
-                entry |= {"author": {"name": "alice"}, "repo": {"name": repo_id, "type": "model"}}
+                kind, name = ("space", repo_id[7:]) if repo_id.startswith("spaces/") else ("model", repo_id)
+                entry |= {"author": {"name": "alice"}, "repo": {"name": name, "type": kind}}
                 listed.append({**entry, "createdAt": "2026-01-01T00:00:00.000Z"})
         return Answer(body={"discussions": listed, "count": len(listed), "start": 0})
 
     def _upload_modes(self, files: list[dict]) -> Answer:
-        modes = {file["path"]: "lfs" if file["path"].endswith(".safetensors") else "regular" for file in files}
-        answers = [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in modes.items()]
-        return Answer(body={"files": answers})
+        for file in files:
+            file |= {"uploadMode": "lfs" if in_lfs(file["path"]) else "regular", "shouldIgnore": False}
+        return Answer(body={"files": files})
 
     def _upload_addresses(self, wanted: list[dict]) -> Answer:
         for item in wanted:
@@ -292,15 +274,16 @@ class HubServer(ThreadingHTTPServer):
         for operation in operations:
             path, value = operation["value"]["path"], operation["value"]
             if operation["key"] == "file":
-                files[path] = StoredFile(base64.b64decode(value["content"]))
+                files[path] = base64.b64decode(value["content"])
             elif operation["key"] == "lfsFile":
-                files[path] = StoredFile(self.objects[value["oid"]], lfs=True)
+                files[path] = self.objects[value["oid"]]
             else:
                 del files[path]
         url, body = f"{self.url}/{repo_id}", {}
         if request.query.get("create_pr") == "1":
             number = len(repository.pull_requests) + 1
             branch, body["pullRequestUrl"] = f"refs/pr/{number}", f"{url}/discussions/{number}"
+            repository.pull_requests[branch] = "open"
         oid = repository.commit(branch, header["value"]["summary"], files, head)
         return Answer(body={**body, "success": True, "commitOid": oid, "commitUrl": f"{url}/commit/{oid}"})
 
@@ -308,8 +291,8 @@ class HubServer(ThreadingHTTPServer):
         oid, commit = found
         if path not in commit.files:
             raise Answer(404, X_Error_Code="EntryNotFound", X_Repo_Commit=oid)
-        stored = commit.files[path]
-        return Answer(200, stored.data, X_Repo_Commit=oid, ETag=f'"{stored.oid}"')
+        data = commit.files[path]
+        return Answer(200, data, X_Repo_Commit=oid, ETag=f'"{name_of(path, data)}"')
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -319,7 +302,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))  # whole, so that keep-alive stays in step
         signed_in = self.headers.get("Authorization") == f"Bearer {TOKEN}"
-        answer = self.server.serve(Request(self.command, self.path, signed_in, body))
+        url = urlsplit(self.path)
+        answer = self.server.serve(Request(self.command, url.path, dict(parse_qsl(url.query)), signed_in, body))
         if answer is None:
             self.close_connection = True
             return

@@ -5,10 +5,9 @@ import re
 import shutil
 
 import models
-import peft
 import pytest
 import torch
-from hub_folders import edit_json, shard
+from hub_folders import card_of, edit_json, shard
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
@@ -16,9 +15,8 @@ from transformers import Trainer, TrainingArguments
 import hub_card.card
 from conversion.adapters.merge import merge
 from conversion.checkpoints import convert
-from hub_card.card import model_card, refreshed
-from hub_card.sections import REPO_PLACEHOLDER, Evidence, refresh_code_section
-from hub_card.weight_files import weights_digest
+from hub_card.card import REPO_PLACEHOLDER, model_card
+from hub_card.folder import weights_digest
 from sam_split import CODE_FILES, SamSplitModel
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -26,7 +24,10 @@ METAS = "Original weights: Segment Anything, Meta AI Research"
 
 
 def test_metadata(folder):
-    card = model_card(folder, source="facebook/sam-vit-base", revision=SHA)
+    card = model_card(folder, source="facebook/sam-vit-base", revision=SHA, repo_id="alice/sam")
+    assert card.text.startswith("\n# sam\n")
+    assert card.text.count('"alice/sam"') == 2
+    assert REPO_PLACEHOLDER not in card.text
     data = card.data
     assert (data.library_name, data.pipeline_tag, data.license) == ("transformers", "mask-generation", "apache-2.0")
     assert (data.base_model, data.get("base_model_relation")) == ("facebook/sam-vit-base", "finetune")
@@ -59,11 +60,9 @@ def test_the_trainable_parameters_are_those_of_the_example(folder):
     assert card.count(f"`r={namespace['lora'].r}`") == 1
 
 
-@pytest.mark.parametrize("kind", ["file", "folder"])
-def test_a_local_source_is_named_without_its_path(folder, tmp_path, kind):
+def test_a_local_source_is_named_without_its_path(folder, tmp_path):
     source = tmp_path / "secret-project" / "sam_vit_b.pth"
-    source.parent.mkdir()
-    source.mkdir() if kind == "folder" else source.write_bytes(b"")
+    source.mkdir(parents=True)
     card = model_card(folder, source=source)
     assert "`sam_vit_b.pth`" in card.content
     assert "secret-project" not in str(card)
@@ -94,50 +93,30 @@ def test_the_change_is_one_sentence_about_what_was_done(folder):
 
 
 def test_evidence(folder):
-    rows = [
-        Evidence("masks of one click, with those of SamModel", 2.5e-7, "float32", "cpu", {"torch": "9.9"}),
-        Evidence("weights, with the source", None, "float32", "cpu"),
-    ]
-    card = model_card(folder, source="a/b", evidence=rows).content
-    assert "| masks of one click, with those of SamModel | 2.5e-07 | float32 | cpu | torch 9.9 |" in card
-    assert re.search(r"\| weights, .* \| equal, bit for bit \| float32 \| cpu \| torch \S+, transformers \S+ \|", card)
+    card = model_card(folder, source="a/b", equal_to="that of the source").content
+    assert re.search(
+        r"is equal,\nbit for bit, to that of the source \(float32; on the CPU; torch \S+, transformers \S+\)\.\n", card
+    )
     assert "Evidence" not in model_card(folder, source="a/b").content
 
 
-def test_the_code_section_lists_the_files_and_is_renewed_alone(folder):
+def test_the_code_section_lists_the_files_and_is_renewed_alone(folder, published):
     def rows():
         return [f"| `{name}` | `{hashlib.sha256((folder / name).read_bytes()).hexdigest()}` |" for name in CODE_FILES]
 
     text = str(model_card(folder, source="a/b")) + "\nWritten by hand.\n"
     assert f"These {len(CODE_FILES)} Python files" in text
     assert all(row in text for row in rows())
+    (folder / "README.md").write_text(text)
     with (folder / "modeling_sam_split.py").open("a") as file:
         file.write("\n# changed\n")
-    renewed = refresh_code_section(text, folder, "alice/sam")
+    renewed = published(folder)
     assert all(row in renewed for row in rows())
     assert [row in text for row in rows()].count(False) == 1
     assert "**Modified code.**" in renewed
     assert renewed.endswith("\nWritten by hand.\n")
-    assert refresh_code_section(renewed, folder, "alice/sam") == renewed
-
-
-def test_the_placeholder_gives_way_to_the_repository(folder):
-    assert model_card(folder, source="a/b").content.count(REPO_PLACEHOLDER) == 2
-    card = model_card(folder, source="a/b", repo_id="alice/sam").content
-    assert REPO_PLACEHOLDER not in card
-    assert card.count('"alice/sam"') == 2
-
-
-def test_an_adapter(adapter):
-    edit_json(adapter / "adapter_config.json", base_model_name_or_path="alice/sam", revision=SHA)
-    card = model_card(adapter, source=None)
-    assert (card.data.base_model, card.data.get("base_model_relation")) == ("alice/sam", "adapter")
-    assert (card.data.library_name, card.data.license) == ("peft", None)
-    weights = load_file(adapter / "adapter_model.safetensors")
-    assert f"{len(weights)} tensors ({sum(tensor.numel() for tensor in weights.values()):,} values)" in card.content
-    assert f'AutoModel.from_pretrained("alice/sam", revision="{SHA}"' in card.content
-    for setting in ('`target_modules=["q", "v"]`', "`r=4`", '`modules_to_save=["iou_prediction_head"]`'):
-        assert setting in card.content
+    (folder / "README.md").write_text(renewed)
+    assert published(folder) == renewed
 
 
 # The card after the weights
@@ -155,23 +134,24 @@ def converted(tmp_path_factory):
 @pytest.fixture
 def published(staged):
     """The card of a folder as it would be pushed."""
-    return lambda folder: (staged(folder, REPO_PLACEHOLDER).folder / "README.md").read_text()
+    return lambda folder: card_of(staged(folder, REPO_PLACEHOLDER, allow_modified_code=True))
+
+
+def save_again(folder):
+    model = SamSplitModel.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="100KB")
+    assert (folder / "model.safetensors.index.json").is_file()
 
 
 @pytest.mark.parametrize("kind", ["kept", "resized"])
-@pytest.mark.parametrize("written", ["as it is", "sharded", "saved again"])
-def test_untouched_weights_keep_their_card_byte_for_byte(converted, published, tmp_path, kind, written):
+@pytest.mark.parametrize("write", [lambda folder: None, shard, save_again], ids=["as it is", "sharded", "saved again"])
+def test_untouched_weights_keep_their_card_byte_for_byte(converted, published, tmp_path, kind, write):
     folder = shutil.copytree(converted / kind, tmp_path / "out")
-    if written == "sharded":
-        shard(folder)
-    elif written == "saved again":
-        model = SamSplitModel.from_pretrained(folder)
-        (folder / "model.safetensors").unlink()
-        model.save_pretrained(folder, max_shard_size="100KB")
-        assert (folder / "model.safetensors.index.json").is_file()
+    write(folder)
     text = published(folder)
     assert text == (folder / "README.md").read_text()
-    assert "equal, bit for bit" in text
+    assert "bit for bit, to " in text
 
 
 def scale(folder):
@@ -192,14 +172,8 @@ def train(folder):
     Trainer(SamSplitModel.from_pretrained(folder), arguments).save_model(str(folder))
 
 
-def peft_merge(folder):
-    model = SamSplitModel.from_pretrained(folder)
-    lora = peft.LoraConfig(r=2, target_modules=["q", "v"], init_lora_weights=False)
-    peft.get_peft_model(model, lora).merge_and_unload().save_pretrained(folder)
-
-
 @pytest.mark.parametrize("kind", ["kept", "resized"])
-@pytest.mark.parametrize("change", [scale, halve, train, peft_merge], ids=lambda change: change.__name__)
+@pytest.mark.parametrize("change", [scale, halve, train], ids=lambda change: change.__name__)
 def test_other_weights_lose_the_sentence_and_the_evidence(converted, published, tmp_path, kind, change):
     folder = shutil.copytree(converted / kind, tmp_path / "out")
     change(folder)
@@ -242,16 +216,17 @@ def test_a_merge_by_the_command_line_is_recorded(converted, saved, published, tm
     assert "was merged into" not in published(tmp_path / "merged")
 
 
-def test_an_adapter_trained_again(adapter):
+def test_an_adapter_trained_again(adapter, published):
     edit_json(adapter / "adapter_config.json", base_model_name_or_path="alice/sam")
-    text = str(model_card(adapter, source=None, evidence=[Evidence("IoU", 0.5, "float32", "cpu")]))
-    renew = {"repo_id": "alice/lora", "base": "alice/sam", "change": "unknown"}
-    assert "Evidence" in refreshed(text, adapter, **renew)
+    text = model_card(adapter, source=None).content
+    (adapter / "README.md").write_text(text)
+    assert published(adapter) == text
     weights = adapter / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
     edit_json(adapter / "adapter_config.json", lora_alpha=99)
-    renewed = refreshed(text, adapter, **renew)
-    assert "Evidence" not in renewed
+    renewed = published(adapter)
+    assert "`lora_alpha=8`" in text
+    assert "`lora_alpha=8`" not in renewed
     assert "`lora_alpha=99`" in renewed
 
 
