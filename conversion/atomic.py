@@ -27,7 +27,9 @@ def check_out(out, *sources, is_file: bool = False) -> Path:
         raise ConversionError("OUT is empty; name what to make")
     out = Path(out).absolute()
     if len(os.fsencode(out.name)) > 255:
-        raise ConversionError(f"{out.name} is too long for a name: {len(os.fsencode(out.name))} bytes, 255 at most")
+        raise ConversionError(
+            f"{out.name} is too long for a name: {len(os.fsencode(out.name))} bytes, 255 at most; shorten it"
+        )
     check_new(out)
     if not is_file and out.suffix in FILE_SUFFIXES:
         raise ConversionError(
@@ -160,7 +162,7 @@ def _tell_of_leftovers(out: Path) -> None:
 
 
 def _flush(folder: Path) -> None:
-    for path in [*folder.iterdir(), folder]:
+    for path in [*folder.rglob("*"), folder]:
         _flush_entry(path)
 
 

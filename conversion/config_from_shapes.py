@@ -44,7 +44,9 @@ def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict:
         )
     head_dim = _sizes(shapes, "vision_encoder.layers.0.attn.rel_pos_h", 2)[1]
     if hidden_size % head_dim:
-        raise ShapeError(f"{hidden_size} channels cannot be heads of {head_dim}, the width of the rel_pos tables")
+        raise ShapeError(
+            f"{hidden_size} channels cannot be heads of {head_dim}, as wide as rel_pos; expected SAM's encoder"
+        )
     height, width = (side * patch_size for side in grid)
     image_size = height if height == width else [height, width]
     decoder_size = _sizes(shapes, "mask_decoder.iou_token.weight", 2)[1]
@@ -110,14 +112,20 @@ def check_shapes(config, shapes: Mapping[str, tuple[int, ...]]) -> None:
         # Before the model is built: a mistyped number of layers would take for ever.
         given, found = getattr(getattr(config, part), field), _count(shapes, prefix)
         if given != found:
-            raise ShapeError(f"{part}.{field} is {given}, but the checkpoint has {found} layers {prefix}*")
+            raise ShapeError(
+                f"{part}.{field} is {given}, but the checkpoint has {found} layers {prefix}*; take its own config"
+            )
     expected = model_shapes(config)
     for name in shapes:
         if name not in expected:
-            raise UnknownKeyError(f"{name!r} has no place in the model that the config describes")
+            raise UnknownKeyError(
+                f"{name!r} has no place in the model that the config describes; take the config.json of these weights"
+            )
     for name, shape in expected.items():
         if name not in shapes:
-            raise MissingKeyError(f"{name!r} is not in the checkpoint, and the config asks for it")
+            raise MissingKeyError(
+                f"{name!r} is not in the checkpoint, and the config asks for it; is the checkpoint whole?"
+            )
         if tuple(shapes[name]) != shape:
             raise ShapeError(f"{name!r} has the shape {tuple(shapes[name])}, expected {shape} from the config")
 
@@ -179,7 +187,9 @@ def model_shapes(config) -> dict[str, tuple[int, ...]]:
         with torch.device("meta"):
             return {name: tuple(tensor.shape) for name, tensor in SamSplitModel(config).state_dict().items()}
     except (RuntimeError, TypeError, OverflowError) as error:
-        raise ConversionError(f"no model can be built from the config: {str(error).splitlines()[0]}") from error
+        raise ConversionError(
+            f"no model can be built from the config: {str(error).splitlines()[0]}; correct config.json"
+        ) from error
 
 
 def _count(shapes, prefix: str) -> int:

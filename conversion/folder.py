@@ -27,7 +27,9 @@ def split_config(fields: dict, tensors: Tensors):
         }
         config = SamSplitConfig(**parts)
     except Exception as error:  # whatever a value of the wrong type trips over
-        raise ConversionError(f"config.json describes no model: {error}") from error
+        raise ConversionError(
+            f"config.json describes no model: {error}; correct it, or take that of these weights"
+        ) from error
     config.dtype = main_dtype(tensors)
     return config
 
@@ -77,17 +79,14 @@ def main_dtype(tensors: Tensors):
 def write_code_and_card(folder: Path, checkpoint: Checkpoint, **card) -> None:
     """The rest of a SamSplit folder: the code files, LICENSE and README.md, written from what is there already."""
     import sam_split
-    from hub_card.card import Evidence, model_card
+    from hub_card.card import model_card
 
     for name in sam_split.CODE_FILES:
         shutil.copyfile(Path(sam_split.__file__).parent / name, folder / name)
-    (folder / "LICENSE").write_text(_license(), encoding="utf-8")
+    (folder / "LICENSE").write_text(license_text(), encoding="utf-8")
     # write_weights has compared every tensor with what it came from, and raises where a bit differs.
-    oracle = "what was computed" if card else "the source"
-    dtype = json.loads((folder / "config.json").read_text(encoding="utf-8"))["dtype"]
-    evidence = [Evidence(f"every tensor as read back from the disk, against {oracle}", None, dtype, "cpu")]
-    origin: dict[str, Any] = {"source": checkpoint.source, "revision": checkpoint.revision}
-    content = model_card(folder, **origin, evidence=evidence, **card).content
+    card |= {"source": checkpoint.source, "equal_to": "what was computed" if card else "that of the source"}
+    content = model_card(folder, revision=checkpoint.revision, **card).content
     (folder / "README.md").write_text(content, encoding="utf-8")
 
 
@@ -138,7 +137,7 @@ def sized_processor(settings: dict, image_size: int | tuple[int, int], patch_siz
     }
 
 
-def _license() -> str:
+def license_text() -> str:
     """Apache-2.0, from the installed distribution, else from the checkout.
 
     Not from beside the installed packages: a LICENSE there is a stranger's.

@@ -45,6 +45,8 @@ def find_images(arguments: Iterable[str], out: Path) -> tuple[Path, list[Found]]
         matches = [path] if path.exists() else [Path(match) for match in glob.glob(str(path), recursive=True)]
         found = [Path(os.path.abspath(file)) for match in matches for file in _files(match)]
         found = [file for file in found if not file.resolve().is_relative_to(out.resolve())]
+        if not found and "://" in str(argument):
+            raise ConversionError(f"{argument!r} is an address; download the image, and name its file or folder")
         if not found:
             raise ConversionError(
                 f"{argument!r} names no image; expected a file, a folder with {', '.join(SUFFIXES)}, or a pattern "

@@ -256,7 +256,8 @@ def format_of(names: Iterable[str], source: str) -> str:
         return "meta"
     examples = ", ".join(repr(name) for name in names[:3])
     raise ConversionError(
-        f"{source} is not a Segment Anything checkpoint: its {len(names)} tensors are named {examples}, …"
+        f"{source} is not a Segment Anything checkpoint: its {len(names)} tensors are named {examples}, …; expected "
+        "the names of transformers' SamModel, of Meta's code or of SamSplit"
     )
 
 

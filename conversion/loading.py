@@ -58,7 +58,9 @@ def on_device(device: str | None, model):
     try:
         return model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     except (RuntimeError, AssertionError) as error:
-        raise ConversionError(f"--device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+        raise ConversionError(
+            f"--device {device!r} cannot be used: {str(error).splitlines()[0]}; `sam-split env` lists devices"
+        ) from error
 
 
 def statistics_of(processor: dict) -> dict[str, tuple[float, ...]]:

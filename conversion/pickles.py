@@ -23,7 +23,9 @@ def read_pickles(paths: Iterable[Path]) -> InMemory:
     for path in paths:
         for name, tensor in _state_dict(_load(path), path).items():
             if name in state:
-                raise ConversionError(f"{name!r} is in {path.name} and in another file as well")
+                raise ConversionError(
+                    f"{name!r} is in {path.name} and in another file as well; remove the file that does not belong"
+                )
             state[name] = tensor
     return InMemory(state)
 
@@ -76,7 +78,7 @@ def check_dense(tensors: Mapping[str, torch.Tensor], source) -> None:
             )
         if tensor.nbytes > tensor.untyped_storage().nbytes():
             raise ConversionError(
-                f"{source}: {name!r} of shape {tuple(tensor.shape)} is larger than what is stored for it"
+                f"{source}: {name!r} of shape {tuple(tensor.shape)} is larger than what is stored; save it again"
             )
 
 

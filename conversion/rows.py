@@ -9,6 +9,8 @@ A row depends on its image alone, whatever machine computes it and whatever else
 import io
 
 import pyarrow as pa
+import pyarrow.compute
+import pyarrow.dataset
 import torch
 from PIL import Image
 
@@ -95,3 +97,14 @@ class ImageRows:
         embeddings = torch.cat([self.model.get_image_embeddings(batch) for batch in batches])  # (B, C, H, W)
         column = pa.FixedShapeTensorArray.from_numpy_ndarray(embeddings.cpu().contiguous().numpy())
         return pa.table({"path": paths, "embedding": column})
+
+
+def summary(folder: str) -> str:
+    """How many rows a folder of Parquet, or the URI of one, has, and what to do where none has a mask."""
+    table = pa.dataset.dataset(folder)
+    said = f"{folder}: {table.count_rows():,} rows"
+    if "scores" not in table.schema.names:
+        return said
+    if len(table.head(1, columns=["path"], filter=pa.compute.list_value_length(pa.dataset.field("scores")) > 0)):
+        return said
+    return f"{said}, all without a mask; lower --min-iou or --min-stability, and name another OUT"

@@ -115,7 +115,7 @@ def _run(model, root, found, out, format, overlay, skip_bad, progress, options) 
                 part = out / PARTS / image.part
                 pixels = _read(image.path)
                 if not part.exists():
-                    content = _segment(model, image.name, pixels, options)
+                    content = masks_of(model, image.name, pixels, options)
                     report.segmented += 1
                 else:
                     content = read_json(part)
@@ -138,7 +138,9 @@ def _run(model, root, found, out, format, overlay, skip_bad, progress, options) 
     skipped = set(report.skipped)
     kept = [image for image in found if image.name not in skipped]
     if not kept:
-        raise ConversionError(f"none of the {len(found)} images can be read")
+        raise ConversionError(
+            f"none of the {len(found)} images can be read; name others, in a format that Pillow knows"
+        )
     report.images, report.masks = len(kept), _join(out, kept)
     return report
 
@@ -165,7 +167,7 @@ def _check_pillow() -> None:
 # The model
 
 
-def _segment(model, name: str, pixels: torch.Tensor, options: dict) -> dict:
+def masks_of(model, name: str, pixels: torch.Tensor, options: dict) -> dict:
     """The part of an image: COCO's entries for it and for its masks, best first, but for their numbers."""
     try:
         result = model.generate_masks(

@@ -112,7 +112,8 @@ def fetch(source: str | Path, revision: str | None, patterns: list[str]) -> Path
         at = f" at revision {revision!r}" if revision else ""
         reason = " ".join(str(error).split())[:300]
         raise ConversionError(
-            f"{str(source)!r} is not a path here and could not be fetched from the Hub{at}: {reason}"
+            f"{str(source)!r} is not a path here and could not be fetched from the Hub{at}: {reason}; correct "
+            "the name, or see to the network and `hf auth login`"
         ) from error
 
 
@@ -126,7 +127,7 @@ def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ConversionError(f"{path} is not JSON ({error})") from error
+        raise ConversionError(f"{path} is not JSON ({error}); copy or write it again") from error
     if not isinstance(content, dict):
         raise ConversionError(f"{path} holds a {type(content).__name__}, expected a JSON object")
     return content
@@ -152,7 +153,8 @@ def _open_folder(folder: Path, source: str) -> Checkpoint:
     found = format_of(tensors, source)
     if found != format:
         raise ConversionError(
-            f"{source}: config.json is for the format {format!r}, but the weights have the keys of {found!r}"
+            f"{source}: config.json is for the format {format!r}, but the weights have the keys of {found!r}; "
+            "put the config.json beside them that belongs to them"
         )
     return Checkpoint(source, format, tensors, config, _processor(folder))
 
@@ -190,17 +192,19 @@ def _folder_tensors(folder: Path, source: str) -> Tensors:
         return reader([folder / name])
     weight_map = read_json(folder / name).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ConversionError(f"{source}: {name} has no weight_map from tensors to files")
+        raise ConversionError(f"{source}: {name} has no weight_map from tensors to files; copy the folder again")
     suffix = ".safetensors" if reader is SafetensorsFiles else ".bin"
     shards = {shard: _shard(folder, shard, suffix, name) for shard in dict.fromkeys(map(str, weight_map.values()))}
     tensors = reader(list(shards.values()))
     for tensor in [*weight_map, *tensors]:
         if tensor not in tensors:
             raise ConversionError(
-                f"{source}: {name} places {tensor!r} in {weight_map[tensor]}, which does not hold it"
+                f"{source}: {name} places {tensor!r} in {weight_map[tensor]}, which lacks it; copy the folder again"
             )
         if tensor not in weight_map:
-            raise ConversionError(f"{source}: a shard holds {tensor!r}, which {name} does not list")
+            raise ConversionError(
+                f"{source}: a shard holds {tensor!r}, which {name} does not list; copy the folder again"
+            )
     return tensors
 
 

@@ -70,7 +70,9 @@ class SafetensorsFiles(Tensors):
             file = self._open(path)
             for name in file.keys():
                 if name in self.specs:
-                    raise ConversionError(f"{name!r} is both in {self._paths[name].name} and in {path.name}")
+                    raise ConversionError(
+                        f"{name!r} is both in {self._paths[name].name} and in {path.name}; remove one of them"
+                    )
                 shape, dtype = tuple(file.get_slice(name).get_shape()), file.get_slice(name).get_dtype()
                 if dtype not in DTYPES:
                     raise ConversionError(f"{path}: {name!r} is {dtype}, expected one of {', '.join(DTYPES)}")

@@ -1,7 +1,8 @@
 """Whether two checkpoints, in any two formats, hold the same model: bit for bit, then by what they compute."""
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -63,6 +64,11 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(f"{'ok  ' if row.passed else 'FAIL'}  {row.compared:<{width}}  {row.result}" for row in rows)
 
 
+def as_json(rows: Sequence[Row], *, same: bool) -> str:
+    """The report for a program to read."""
+    return json.dumps({"same": same, "rows": [asdict(row) for row in rows]}, indent=2)
+
+
 def _record(rows: list[Row], row: Row) -> None:
     rows.append(row)
     if not row.passed:
@@ -98,17 +104,20 @@ def _run(checkpoint: Checkpoint, config) -> dict[str, torch.Tensor]:
     """Image embedding, masks and scores for a fixed image and a point in its middle, in float32."""
     build = stock_model if checkpoint.format == "transformers" else split_model
     model = build(config, checkpoint.split_tensors()).float()
-    height, width = config.vision_config.grid
-    patch = config.vision_config.patch_size
-    generator = torch.Generator().manual_seed(0)
-    coarse = torch.randn(1, config.vision_config.num_channels, height, width, generator=generator)
-    pixels = torch.nn.functional.interpolate(
-        coarse, scale_factor=patch, mode="bicubic"
-    )  # (1, channels, pixels, pixels)
-    point = torch.tensor([[[[width * patch / 2, height * patch / 2]]]])
+    pixels = fixed_image(config)
+    height, width = pixels.shape[2:]
+    point = torch.tensor([[[[width / 2, height / 2]]]])
     embeddings = model.get_image_embeddings(pixels)
     outputs = model(image_embeddings=embeddings, input_points=point)
     return {"image embedding": embeddings, "masks": outputs.pred_masks, "scores": outputs.iou_scores}
+
+
+def fixed_image(config) -> torch.Tensor:
+    """The same smooth noise (1, channels, height, width) in every run, for outputs that are compared."""
+    vision = config.vision_config
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randn(1, vision.num_channels, *vision.grid, generator=generator)
+    return torch.nn.functional.interpolate(coarse, scale_factor=vision.patch_size, mode="bicubic")
 
 
 def split_model(config, tensors: Tensors) -> torch.nn.Module:

@@ -4,10 +4,9 @@ OUT/masks/*.parquet gets a row per image: path, height, width and, best mask fir
 (x0, y0, x1, y1), area and run lengths of each: {"size": [height, width], "counts": counts[i]} suits pycocotools.
 OUT/embeddings/*.parquet (--embeddings) gets path and embedding, (C, H, W).
 
-A run that was stopped goes on when the command is repeated, and adds images that are new: Ray keeps the paths of
-finished images in OUT. The images of an actor that died go to another one.
-Each node of a cluster needs sam-split[ray] and the same files: a shared disk, or a Hub id as MODEL and an object store
-(s3://bucket/photos) for IMAGES and OUT. If there are GPUs, an actor has one to itself.
+A run that was stopped goes on when the command is repeated, and adds new images: OUT has the paths of finished ones.
+The images of an actor that died go to another one. Each node of a cluster needs sam-split[ray] and the same files: a
+shared disk, or a Hub id as MODEL and s3://bucket/photos for IMAGES and OUT. If there are GPUs, each actor has one.
 """
 
 import argparse
@@ -18,10 +17,9 @@ import ray
 from pyarrow.fs import FileSystem
 from ray.data.checkpoint import CheckpointConfig
 
-from conversion.cli.parser import Parser, at_least
-from conversion.cli.segment import share
+from conversion.cli.parser import Parser, at_least, share
 from conversion.image_files import SUFFIXES
-from conversion.rows import ImageRows
+from conversion.rows import ImageRows, summary
 from conversion.sources import fetch, open_checkpoint
 
 IMAGES = 8  # of a task; its rows fit into one of Ray's blocks (128 MB), so none is written before a task is repeated
@@ -73,6 +71,7 @@ def run(args):
         num_gpus=1 if gpus else None,
         num_cpus=None if gpus else min(1, 100 * max(0, cpus - 2) // actors / 100),
     ).write_parquet(f"{out}/{kind}")
+    print(summary(f"{out}/{kind}"))
 
 
 def main(arguments=None):
@@ -86,8 +85,9 @@ def main(arguments=None):
     parser.add_argument("--actors", metavar="N", type=at_least(1), help="models at once (one per GPU, or CPU but two)")
     parser.add_argument("--batch", metavar="N", type=at_least(1), default=1, help="images in the encoder at once (1)")
     parser.add_argument("--points", metavar="N", type=at_least(1), default=32, help="along a side of the grid (32)")
-    parser.add_argument("--min-iou", metavar="X", type=share, default=0.88, help="predicted IoU of a mask (0.88)")
-    parser.add_argument("--min-stability", metavar="X", type=share, default=0.95, help="stability of a mask (0.95)")
+    least = {"metavar": "X", "type": share(ends=True)}
+    parser.add_argument("--min-iou", **least, default=0.88, help="predicted IoU of a mask (0.88)")
+    parser.add_argument("--min-stability", **least, default=0.95, help="stability of a mask (0.95)")
     try:
         run(parser.parse_args(arguments))
     except KeyboardInterrupt:

@@ -24,15 +24,20 @@ for package in ("sam_split", "conversion", "hub_card"):
 """
 
 
-def run_isolated(code: str, *arguments: object, home: Path, timeout: int = 300) -> str:
+def run_isolated(
+    code: str, *arguments: object, home: Path, timeout: int = 300, unseen: str | None = None, **variables: str
+) -> str:
     """Run `code` offline in a fresh interpreter with its own cache in `home`, and return what it prints.
 
+    `variables` are added to its environment.
+
     Raises:
-        AssertionError: with its standard error, if it fails.
+        AssertionError: with its standard error, if it fails; if it prints `unseen`, there or in its output.
     """
     home.mkdir(parents=True, exist_ok=True)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(home), "HF_MODULES_CACHE": str(home / "modules")}
+    environment |= variables
     checkout = Path(__file__).resolve().parent.parent
     done = subprocess.run(
         [sys.executable, "-I", "-c", f"CHECKOUT = {str(checkout)!r}\n{PREAMBLE}\n{code}", *map(str, arguments)],
@@ -45,4 +50,5 @@ def run_isolated(code: str, *arguments: object, home: Path, timeout: int = 300) 
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
+    assert unseen is None or unseen not in done.stdout + done.stderr
     return done.stdout

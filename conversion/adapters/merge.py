@@ -59,11 +59,15 @@ def merged_state_dict(config, tensors: Tensors, folder: Path) -> dict[str, torch
         KeyError,
     ) as error:  # a layer that is not there, a size that is not right
         reason = " ".join(line.strip() for line in str(error).splitlines()[:2])  # torch's first line names no tensor
-        raise ConversionError(f"the adapter {folder} does not fit the base: {reason}") from error
+        raise ConversionError(
+            f"the adapter {folder} does not fit the base: {reason}; name the base it was trained on"
+        ) from error
     missing = [name for name in report.missing_keys if "lora_" in name]
     if missing or report.unexpected_keys:
         name = (missing + report.unexpected_keys)[0]
-        raise ConversionError(f"the adapter {folder} does not fit the base: {name!r} is on one side only")
+        raise ConversionError(
+            f"the adapter {folder} does not fit the base: {name!r} is on one side only; name its own base"
+        )
     state = adapted.merge_and_unload().state_dict()
     state = split_state_dict(state) if on_stock else state
     return {name: tensor.detach().to(tensors.specs[name].dtype) for name, tensor in state.items()}
@@ -76,7 +80,9 @@ def _adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
     try:
         weights = load_peft_weights(str(folder), device="cpu")
     except Exception as error:  # whatever a damaged file makes its reader raise
-        raise ConversionError(f"{folder} holds no readable adapter weights: {str(error).splitlines()[0]}") from error
+        raise ConversionError(
+            f"{folder} holds no readable adapter weights: {str(error).splitlines()[0]}; copy or save it again"
+        ) from error
     if bias != "none" and not any(name.endswith("bias") and ".lora_" not in name for name in weights):
         raise ConversionError(
             f"the adapter {folder} was trained with bias={bias!r} and holds no bias, so a part of it is lost (peft "

@@ -145,7 +145,9 @@ def read_adapter(adapter) -> Adapter:
     elif (folder / "adapter_model.bin").is_file():
         tensors = read_weights(folder / "adapter_model.bin")
     else:
-        raise ConversionError(f"{adapter} holds no adapter_model.safetensors")
+        raise ConversionError(
+            f"{adapter} holds no adapter_model.safetensors; name a folder that PEFT's save_pretrained wrote"
+        )
     return _parse(config, tensors)
 
 
@@ -214,7 +216,9 @@ def _check_config(config: dict) -> None:
         )
     for name, reason in REFUSED.items():
         if config.get(name):
-            raise ConversionError(f"the adapter uses {name}, which cannot be expressed there: {reason}")
+            raise ConversionError(
+                f"the adapter uses {name}, which cannot be expressed there: {reason}; train plain LoRA or DoRA"
+            )
     if config.get("init_lora_weights", True) not in PLAIN_STARTS:
         start = config["init_lora_weights"]
         raise ConversionError(
@@ -247,7 +251,7 @@ def _parse(config: dict, tensors: Tensors) -> Adapter:
     for name, found in parts.items():
         adapter.loras[name] = _lora(config, name, found)
     if not adapter.loras:
-        raise ConversionError("the adapter holds no LoRA weights")
+        raise ConversionError("the adapter holds no LoRA weights; name one that was trained as LoRA or DoRA")
     return adapter
 
 
@@ -312,7 +316,10 @@ def _stack(layer: str, blocks: dict[str, Lora], weights: Tensors | None) -> Lora
         if name in blocks:
             lora = blocks[name]
             if lora.b.shape[0] != outputs or lora.a.shape[1] != first.a.shape[1]:
-                raise ConversionError(f"{layer}: the adapters of q, k and v are made for layers of different sizes")
+                raise ConversionError(
+                    f"{layer}: the adapters of q, k and v are made for layers of different sizes; "
+                    "name an adapter of one model"
+                )
             b[rows, column : column + lora.rank] = folded(lora, lora.b)
             column += lora.rank
             if bias is not None:
@@ -350,7 +357,8 @@ def _split(adapter: Adapter, weights: Tensors | None) -> Adapter:
     for name in split.saved:
         if FUSED_NAME.match(name) or name.startswith("shared_image_embedding."):
             raise ConversionError(
-                f"the adapter replaces {name!r} (modules_to_save), which SamSplit has under another name"
+                f"the adapter replaces {name!r} (modules_to_save), which SamSplit has under another name; "
+                "train it without"
             )
     found = False
     for name, lora in adapter.loras.items():
@@ -363,7 +371,9 @@ def _split(adapter: Adapter, weights: Tensors | None) -> Adapter:
     if not found:
         raise ConversionError("the adapter has no qkv of the vision encoder to split; is it stock SamModel's?")
     if not split.loras:
-        raise ConversionError("every B of the adapter is zero: it was never trained, and nothing would be left of it")
+        raise ConversionError(
+            "every B of the adapter is zero: it was never trained, and nothing would be left of it; train it first"
+        )
     return split
 
 
@@ -421,7 +431,8 @@ def _imported_modules(source, tensors: Tensors, names: list[str], weights: Tenso
     parts = {name.split(".")[0] for name in names}
     if not parts <= {"prompt_encoder", "mask_decoder"}:
         raise ConversionError(
-            f"{source}: {names[0]!r} is no LoRA factor and no part of a prompt encoder or mask decoder"
+            f"{source}: {names[0]!r} is no LoRA factor and no part of a prompt encoder or mask decoder; expected "
+            "a file that SAMed or Sam_LoRA saved"
         )
     rows = {row: target for row, target in KEY_MAP.items() if row.split(".")[0] in parts}
     renamed = Renamed(InMemory({name: tensors[name] for name in names}), plan(names, rows))

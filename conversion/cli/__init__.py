@@ -12,38 +12,44 @@ import warnings
 
 from ..errors import CheckFailed, ConversionError, ConversionWarning
 
+OVERVIEW = """\
+Segment Anything with native q, k and v layers. Five things that one does:
+
+  sam-split convert facebook/sam-vit-base sam           split a checkpoint, once
+  sam-split segment sam photos masks --overlay          find everything in images
+  sam-split finetune sam cells lora                     adapt it to your images
+  sam-split evaluate sam cells --adapter lora/adapter   measure what that gives
+  sam-split push sam you/sam                            publish it
+
+First, without a download:  sam-split demo
+All commands:               sam-split --help
+One of them:                sam-split COMMAND --help"""
+
 
 def build_parser():
     """The parser with every subcommand; each sets `run`, a function of the parsed arguments."""
-    from hub_card import push
-
-    from . import adapters, checkpoints, demo, evaluate, finetune, segment
-    from .parser import Parser
+    from . import adapters, checkpoints, completion, demo, env, evaluate, export, finetune, push, segment
+    from .parser import Parser, Version
 
     parser = Parser(
         prog="sam-split",
         description="Segment Anything with native q, k and v layers: convert checkpoints, adapt with PEFT, go back.",
         epilog="sam-split COMMAND --help explains a command and shows an example",
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
-    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    parser.add_argument("--version", action=Version, help="print the version")
+    parser.set_defaults(run=lambda args: print(OVERVIEW))
+    subparsers = parser.add_subparsers(metavar="COMMAND")
     checkpoints.add_parsers(subparsers)
     adapters.add_parsers(subparsers)
     segment.add_parser(subparsers)
+    export.add_parser(subparsers)
     finetune.add_parser(subparsers)
     evaluate.add_parser(subparsers)
     push.add_parser(subparsers)
     demo.add_parser(subparsers)
+    env.add_parser(subparsers)
+    completion.add_parser(subparsers, parser)
     return parser
-
-
-def _version() -> str:
-    from importlib import metadata
-
-    try:
-        return metadata.version("sam-split")
-    except metadata.PackageNotFoundError:
-        return "(a checkout, not installed)"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from .parser import add_command, add_quiet
+from .parser import add_command, add_quiet, say_next
 
 ADAPTER = """\
 Carry LoRA and DoRA adapters between SamSplit's q, k, v and stock SamModel's fused qkv, and out of other tools' files.
@@ -81,6 +81,8 @@ def run_adapter(args) -> None:
     carry = {"fuse": transport.fuse_adapter, "split": transport.split_adapter, "import": transport.import_adapter}
     carry[args.action](args.adapter, args.out, base=args.base)
     print(f"wrote {args.out}; load it with PeftModel.from_pretrained(model, {args.out!r})")
+    if args.action != "fuse":
+        say_next(["sam-split", "merge", args.base or "BASE", args.out, "MERGED"])
 
 
 def run_merge(args) -> None:
@@ -88,3 +90,5 @@ def run_merge(args) -> None:
 
     merge(args.base, args.adapter, args.out, format=args.format, progress=not args.quiet)
     print(f"wrote {args.out}")
+    publish = [["sam-split", "push", args.out, "NAME/REPOSITORY"]] if args.format == "split" else []
+    say_next(*publish, ["sam-split", "export", args.out, "ONNX"])

@@ -1,9 +1,8 @@
 """`sam-split convert`, `fuse` and `verify`: whole checkpoints."""
 
-from hub_card import push
-
 from ..errors import CheckFailed
-from .parser import add_command, add_quiet
+from . import push
+from .parser import add_command, add_quiet, say_next
 
 CONVERT = """\
 Split the fused qkv layers of a Segment Anything checkpoint, so that PEFT finds q, k and v.
@@ -30,6 +29,9 @@ Check that two checkpoints hold the same model: configs, every tensor bit for bi
 
 A and B are split folders, transformers folders, .pth files or Hub ids, in any combination. The first difference is
 named and the exit code is 1.
+
+With --json, stdout holds one JSON object and nothing else: "same" (true or false) and "rows", a list of objects with
+"compared", "result" and "passed". It is empty, and the exit code is 2, where A or B is no checkpoint.
 """
 
 
@@ -76,6 +78,7 @@ def add_parsers(subparsers) -> None:
     parser.add_argument(
         "--tensors-only", action="store_true", help="do not run the models, which takes minutes for ViT-H"
     )
+    parser.add_argument("--json", action="store_true", help="print the report for programs to read")
 
 
 def run_convert(args) -> int:
@@ -87,6 +90,12 @@ def run_convert(args) -> int:
     image_size = None if args.image_size is None else parse_image_size(args.image_size)
     convert(args.source, args.out, revision=args.revision, image_size=image_size, progress=not args.quiet)
     print(f"wrote {args.out}; load it with AutoModel.from_pretrained({args.out!r}, trust_remote_code=True)")
+    if args.push_to_hub is None:
+        say_next(
+            ["sam-split", "finetune", args.out, "DATA", "ADAPTER"],
+            ["sam-split", "segment", args.out, "IMAGES", "MASKS"],
+            ["sam-split", "push", args.out, "NAME/REPOSITORY"],
+        )
     return push.run_push_to_hub(args)
 
 
@@ -95,14 +104,15 @@ def run_fuse(args) -> None:
 
     fuse(args.source, args.out, format=args.format, progress=not args.quiet)
     print(f"wrote {args.out}")
+    say_next(["sam-split", "verify", args.source, args.out])
 
 
 def run_verify(args) -> None:
-    from ..verification import table, verify
+    from ..verification import as_json, table, verify
 
     try:
         rows = verify(args.a, args.b, outputs=not args.tensors_only)
     except CheckFailed as error:
-        print(table(error.rows))
+        print(as_json(error.rows, same=False) if args.json else table(error.rows))
         raise
-    print(table(rows))
+    print(as_json(rows, same=True) if args.json else table(rows))

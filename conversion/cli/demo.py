@@ -3,11 +3,8 @@
 import sys
 from pathlib import Path
 
-from ..atomic import check_out, new_folder
 from ..errors import CheckFailed, ConversionError
-from .demo_checks import RANK, compare, count, count_adapters, say, step, train_one_step
-from .demo_figure import COFFEE, COINS, plot
-from .parser import add_command
+from .parser import add_command, say_next
 
 DEMO = """\
 The main job, end to end, on an image that scikit-image ships. It takes seconds for the tiny SAM, and minutes and 5 GB
@@ -16,10 +13,10 @@ of memory for ViT-B.
   1  take a checkpoint with fused qkv layers
   2  convert it, as `sam-split convert` does
   3  load the result through AutoModel.from_pretrained(..., trust_remote_code=True)
-  4  compare every output with transformers' SamModel
+  4  compare every output with transformers' SamModel, and segment everything in the whole photograph
   5  count the trainable parameters of LoRA and DoRA adapters, and compare with the published counts
   6  train one LoRA step on q and v
-  7  plot the masks of both models
+  7  plot the masks of both models, and everything-mode's
 
 SOURCE is a Hub id or a transformers folder. The default is the tiny SAM in this package: 0.5 million parameters,
 trained on generated shapes. Nothing is downloaded, and step 5 counts on ViT-B's shapes.
@@ -52,15 +49,20 @@ def run(args) -> None:
         ConversionError: if `args.source` is not a fused transformers checkpoint, or `args.out` exists.
         CheckFailed: if an output or a count is wrong; `args.out` is kept.
     """
+    from ..atomic import check_out, new_folder
+    from .demo_checks import say
+    from .demo_figure import COFFEE, COINS
+
     if args.source == "":
         raise ConversionError("--source is empty; name a Hub id or a transformers folder, or leave it out")
     scene = COFFEE if args.source else COINS
     image = scene.image()
     with new_folder(check_out(args.out, args.source)) as folder:
         failed = _demo(args.source, folder, scene, image, args.out)
-    say(f"\nwrote {args.out}: split/ is the converted model, demo.png shows the masks of both models")
+    say(f"\nwrote {args.out}: split/ is the converted model, demo.png shows masks")
     if failed:
         raise CheckFailed(f"not as expected: {', '.join(failed)}; {args.out} is kept for inspection")
+    say_next(["sam-split", "convert", "facebook/sam-vit-base", "sam-vit-base"])
 
 
 def _demo(source, folder, scene, image, out) -> list[str]:
@@ -69,8 +71,12 @@ def _demo(source, folder, scene, image, out) -> list[str]:
     from transformers import AutoModel, AutoProcessor, SamModel
 
     from sam_split import SamSplitConfig, SamSplitModel
+    from sam_split.images_sam_split import pixels_of
 
     from ..checkpoints import convert
+    from ..segmentation import masks_of
+    from .demo_checks import RANK, compare, count, count_adapters, say, step, train_one_step
+    from .demo_figure import plot
 
     name = str(source or "a tiny SAM, trained on generated shapes")
     step(1, f"a fused checkpoint: {name}")
@@ -92,6 +98,8 @@ def _demo(source, folder, scene, image, out) -> list[str]:
     processor = AutoProcessor.from_pretrained(folder / "split")
     failed, views = compare(ours, theirs, processor, image, scene)
     del theirs
+    found = masks_of(ours, scene.name, pixels_of(scene.photograph()), scene.everything)["annotations"]
+    say(f"everything-mode, at its default thresholds, finds {len(found)} masks in the whole photograph")
 
     step(5, f"parameters with PEFT adapters of rank {RANK}")
     if source:
@@ -105,5 +113,5 @@ def _demo(source, folder, scene, image, out) -> list[str]:
     failed += train_one_step(ours, processor, image, scene.box, folder / "split")
 
     step(7, f"the figure, {out}/demo.png")
-    plot(folder / "demo.png", image, scene, views, name)
+    plot(folder / "demo.png", image, scene, views, found, name)
     return failed

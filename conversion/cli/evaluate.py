@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from ..errors import ConversionError
-from .parser import add_command, add_data_options, add_quiet, check_installed
+from .parser import add_command, add_data_options, add_quiet, check_installed, say_next
 
 EVALUATE = """\
 Measure the masks of MODEL on DATA, images and the masks of their objects that people made.
@@ -86,6 +86,8 @@ def run(args) -> None:
         _write(out, args, examples, about, evaluations, table)
     print(table)
     print(f"look at {args.out}/index.html" if out else "to see where it fails, add --out FOLDER")
+    if args.adapter is not None:
+        say_next(["sam-split", "merge", args.model, args.adapter, "MERGED"])
 
 
 def _models(args) -> dict:

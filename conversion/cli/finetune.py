@@ -1,8 +1,6 @@
 """`sam-split finetune`: an adapter from images and masks."""
 
-import argparse
 import json
-import math
 import os
 import signal
 import subprocess
@@ -10,7 +8,7 @@ import sys
 from pathlib import Path
 
 from ..errors import CheckFailed, ConversionError
-from .parser import add_command, add_data_options, add_quiet, at_least, check_installed
+from .parser import add_command, add_data_options, add_quiet, at_least, check_installed, say_next, share
 
 FINETUNE = """\
 Train an adapter of BASE on images and the masks of their objects, and see how masks change.
@@ -22,8 +20,8 @@ BASE is what `sam-split convert` made. DATA is one of
 Images have 8 bits per channel. All are read once before training: one that cannot be used ends the run, or is left out
 with --skip-bad.
 
-Each step is prompted as a person prompts: with a rough box or one click on each object, with clicks that correct the
-mask that came out, and with clicks on background, whose masks are worth nothing.
+Each step is prompted as a person prompts: with a rough box and with one click on each object, with clicks that correct
+the masks that came out, and with clicks on background, whose masks are worth nothing.
 
 At the end BASE and the adapter are measured on held-out images: IoU from the box, from 1 and from 3 clicks, and
 everything-mode. OUT gets adapter/ with its card, results.json, overlays/index.html (masks before and after, the worst
@@ -63,17 +61,19 @@ def add_parser(subparsers) -> None:
     )
     data = parser.add_argument_group("data")
     data.add_argument("--val", help="images to test on, in the form of DATA (default: a part of DATA)")
-    data.add_argument("--holdout", type=_share, default=0.2, help="that part (%(default)s)")
+    data.add_argument("--holdout", type=share(ends=False), default=0.2, help="that part (%(default)s)")
     add_data_options(data)
     adapter = parser.add_argument_group("adapter")
-    adapter.add_argument("--preset", nargs="+", choices=PRESETS, default=["encoder"], help="one or several (encoder)")
+    adapter.add_argument(
+        "--preset", nargs="+", choices=PRESETS, default=["encoder+decoder"], help="one or several (encoder+decoder)"
+    )
     adapter.add_argument("--rank", type=at_least(1), default=16, help="of the change of each layer (%(default)s)")
     adapter.add_argument("--late-layers", type=at_least(1), default=3, help="layers that late trains (%(default)s)")
     adapter.add_argument("--cache", help="folder where late and decoder keep what frozen layers compute (OUT/cache)")
     adapter.add_argument("--revision", help="of BASE on the Hub")
     prompts = parser.add_argument_group("prompts")
     prompts.add_argument(
-        "--prompts", choices=("box", "points", "mixed"), default="mixed", help="what a step begins with (%(default)s)"
+        "--prompts", choices=("box", "points", "mixed"), default="mixed", help="a step's first: mixed has both (mixed)"
     )
     prompts.add_argument("--corrections", type=at_least(0), default=1, help="correcting clicks, at most (%(default)s)")
     prompts.add_argument(
@@ -84,6 +84,12 @@ def add_parser(subparsers) -> None:
     )
     prompts.add_argument("--objects", type=at_least(1), default=8, help="of an image in a step (%(default)s)")
     steps = parser.add_argument_group("training")
+    steps.add_argument(
+        "--focal",
+        type=at_least(0, float),
+        default=0,
+        help="weight of the focal loss beside Dice (0: edges stay steep, as everything-mode needs; SAM's own was 20)",
+    )
     steps.add_argument("--epochs", type=at_least(0, float), default=10, help="times that each image is seen (10)")
     steps.add_argument("--steps", type=at_least(1), help="instead of epochs")
     steps.add_argument("--batch", type=at_least(1), default=2, help="images at once (%(default)s)")
@@ -115,16 +121,6 @@ def add_parser(subparsers) -> None:
     add_quiet(report)
 
 
-def _share(text):
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"must be a number between 0 and 1, got {text}")
-    return value
-
-
 def run(args) -> int | None:
     try:
         return _run_one(args) if len(args.preset) == 1 else _run_each(args)
@@ -139,11 +135,20 @@ def _run_one(args):
     from sam_split.training.trainer import TrainingDiverged
 
     try:
-        finetune(args.base, args.data, args.out, settings_of(args, args.preset[0]))
+        results = finetune(args.base, args.data, args.out, settings_of(args, args.preset[0]))
     except TrainingDiverged as error:
         raise CheckFailed(str(error)) from error
     except ValueError as error:
         raise ConversionError(str(error)) from error
+    if results is None:  # not the main process
+        return
+    adapter = str(Path(args.out) / "adapter")
+    print(f"wrote {args.out}; look at {args.out}/overlays/index.html")
+    say_next(
+        ["sam-split", "evaluate", args.base, args.val or "DATA", "--adapter", adapter, "--out", "RESULTS"],
+        ["sam-split", "segment", args.base, "IMAGES", "MASKS", "--adapter", adapter],
+        ["sam-split", "merge", args.base, adapter, "MERGED"],
+    )
 
 
 def settings_of(args, preset):
@@ -156,7 +161,7 @@ def settings_of(args, preset):
 def _run_each(args):
     """One preset after the other, each in a process of its own, or the memory of one would count for the next."""
     if len(set(args.preset)) < len(args.preset):
-        raise ConversionError(f"--preset names one twice: {' '.join(args.preset)}")
+        raise ConversionError(f"--preset names one twice: {' '.join(args.preset)}; leave one out")
     if "WORLD_SIZE" in os.environ:
         raise ConversionError("several presets run one after the other; with several processes, name one --preset")
     from sam_split.training.report import presets_table

@@ -1,9 +1,10 @@
-"""How every subcommand is made, and how it says what is wrong with its arguments."""
+"""How every subcommand is made, says what is wrong with its arguments, and names the command that follows."""
 
 import argparse
 import importlib.util
 import math
-from collections.abc import Callable, Mapping
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 
 from ..errors import ConversionError
 
@@ -17,6 +18,26 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         program, *_ = self.prog.split()  # "sam-split" of "sam-split convert"
         self.exit(2, f"{program}: error: {' '.join(message.split())}; see {self.prog} --help\n")
+
+
+class Version(argparse.Action):
+    """`--version`: argparse's own wants the number before it is asked for, and reading it takes a while."""
+
+    def __init__(self, **options):
+        super().__init__(**{**options, "dest": argparse.SUPPRESS, "default": argparse.SUPPRESS}, nargs=0)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        print(f"{parser.prog} {version()}")
+        parser.exit()
+
+
+def version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version("sam-split")
+    except metadata.PackageNotFoundError:
+        return "(a checkout, not installed)"
 
 
 def add_command(
@@ -53,6 +74,16 @@ def add_command(
     return parser
 
 
+def say_next(*commands: Sequence[str]) -> None:
+    """Print the commands that make sense after this one, a line each, to be copied.
+
+    Args:
+        commands: the words of each; those that are for the user to choose are in capitals.
+    """
+    for words in commands:
+        print(f"{'next' if words is commands[0] else '  or'}: {shlex.join(words)}")
+
+
 def add_quiet(parser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
@@ -73,6 +104,22 @@ def at_least(least: float, kind: type = int) -> Callable[[str], float]:
     return number
 
 
+def share(*, ends: bool) -> Callable[[str], float]:
+    """A parser of numbers from 0 to 1, `ends` included or not."""
+
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (0 <= value <= 1 if ends else 0 < value < 1):  # nor NaN
+            wanted = "from 0 to 1" if ends else "between 0 and 1"
+            raise argparse.ArgumentTypeError(f"must be a number {wanted}, got {text}")
+        return value
+
+    return number
+
+
 def add_data_options(group) -> None:
     """How examples are found in DATA."""
     group.add_argument("--split", default="train", help="of a Hugging Face dataset (%(default)s)")
@@ -81,8 +128,8 @@ def add_data_options(group) -> None:
     group.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be used")
 
 
-def check_installed(command: str, *packages: str) -> None:
-    """Raise before hours of work, and not after them, if a package of the extra `train` is missing."""
+def check_installed(command: str, *packages: str, extra: str = "train") -> None:
+    """Raise before hours of work, and not after them, if a package of an extra is missing."""
     for name in packages:
         if importlib.util.find_spec(name) is None:
-            raise ConversionError(f'{command} needs {name}, which is not installed: pip install "sam-split[train]"')
+            raise ConversionError(f'{command} needs {name}, which is not installed: pip install "sam-split[{extra}]"')

@@ -1,10 +1,9 @@
 """`sam-split segment`: everything in many images, as one COCO json."""
 
-import argparse
 import signal
 import sys
 
-from .parser import add_command, add_quiet, at_least
+from .parser import add_command, add_quiet, at_least, share
 
 SEGMENT = """\
 Segment everything in IMAGES: a grid of points over each image, and every good mask once.
@@ -53,21 +52,15 @@ def add_parser(subparsers) -> None:
         default=0,
         help="repeat on 4, 16, ... crops: small objects",
     )
-    options.add_argument("--min-iou", metavar="X", type=share, default=0.88, help="predicted IoU of a mask (0.88)")
-    options.add_argument("--min-stability", metavar="X", type=share, default=0.95, help="stability of a mask (0.95)")
+    options.add_argument(
+        "--min-iou", metavar="X", type=share(ends=True), default=0.88, help="predicted IoU of a mask (0.88)"
+    )
+    options.add_argument(
+        "--min-stability", metavar="X", type=share(ends=True), default=0.95, help="stability of a mask (0.95)"
+    )
     options.add_argument(
         "--min-region", metavar="N", type=at_least(0), default=0, help="fill holes, drop islands of N pixels or fewer"
     )
-
-
-def share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
-    return value
 
 
 def run(args) -> int | None:

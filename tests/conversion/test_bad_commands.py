@@ -1,12 +1,15 @@
 """Bad input on the command line: exit code 2, one line that names it, nothing left on the disk."""
 
+import ast
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +17,8 @@ from models import meta_model, stock_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
-from conversion import convert
+import conversion
+from conversion import convert, errors
 from conversion.cli import main
 
 
@@ -43,9 +47,8 @@ LONG = "n" * 300
 
 # the command, run in `folder`, and what its one line must say
 BAD = [
-    ("", "COMMAND"),
     ("conver stock out", "'conver'"),
-    ("--verson", "COMMAND"),
+    ("--verson", "--verson"),
     # convert
     ("convert", "SOURCE, OUT"),
     ("convert stock", "OUT"),
@@ -206,3 +209,25 @@ def test_ctrl_c_while_modules_are_imported_is_one_line(delay, folder, tmp_path):
     _, error = process.communicate()
     assert (process.returncode, error) == (130, "sam-split: error: interrupted; nothing was written\n")
     assert list(tmp_path.iterdir()) == []
+
+
+ERRORS = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, ValueError)}
+CURES = re.compile(r"; |expected|must |pip install|\bgive |\bname ")
+
+
+def refusals():
+    """Where conversion raises an error of its own: file and line -> the message as it stands there."""
+    for path in sorted(Path(conversion.__file__).parent.rglob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
+                message = " ".join(ast.unparse(node.exc.args[0]).split())
+                passed_on = message.startswith("str(")  # the message of another error, which has its own
+                if getattr(node.exc.func, "id", "") in ERRORS and not passed_on:
+                    yield f"{path.name}:{node.lineno}", message
+
+
+def test_every_refusal_says_what_to_do():
+    found = dict(refusals())
+    assert len(found) > 80
+    assert {place: message for place, message in found.items() if not CURES.search(message)} == {}

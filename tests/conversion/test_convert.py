@@ -361,7 +361,7 @@ BAD_STATES = {
     "nested": ({"a": {"b": torch.zeros(1)}}, "its 1 tensors are named 'b'"),
     "number": ({"image_encoder.pos_embed": torch.zeros(1), "epoch": 3}, "'epoch' is a int, expected a state dict"),
     "integers": ({"image_encoder.pos_embed": torch.zeros(1, dtype=torch.int64)}, "is torch.int64"),
-    "expanded": ({"image_encoder.pos_embed": torch.zeros(1).expand(10**12)}, "is larger than what is stored for it"),
+    "expanded": ({"image_encoder.pos_embed": torch.zeros(1).expand(10**12)}, "is larger than what is stored"),
     "module": (
         torch.nn.Linear(1, 1),
         "it names torch.nn.modules.linear.Linear, which is no tensor. Its code was not run",

@@ -93,8 +93,8 @@ def test_plot(good):
     width, height = image.size
     assert width > 1200
     assert height > 500
-    assert 1.5 < width / height < 4
-    quarters = [image.crop((i * width // 4, 0, (i + 1) * width // 4, height)) for i in range(4)]
+    assert 1 < width / height < 2
+    quarters = [image.crop((i * width // 4, 0, (i + 1) * width // 4, height // 2)) for i in range(4)]
     for panel in quarters[:3]:  # the image, stock's mask, ours
         colours = np.unique(np.asarray(panel.resize((64, 64))).reshape(-1, 3), axis=0)
         assert len(colours) > 500  # not a blank page
@@ -173,6 +173,24 @@ def test_tiny_sam_segments_the_coin(out, capsys):
     for view in views:
         for mask in (view.ours > 0, view.theirs > 0):
             assert (mask & coin).sum() / (mask | coin).sum() > 0.85, view.prompt
+
+
+def test_everything_in_the_photograph(out, capsys):
+    """At the default thresholds, by the model before its training step; each mask is drawn, beside the photograph."""
+    assert main(["demo", "--out", str(out)]) == 0
+    (number,) = re.findall(r"everything-mode, at its default thresholds, finds (\d+) masks", capsys.readouterr().out)
+    model, photograph = SamSplitModel.from_pretrained(out / "split").eval(), COINS.photograph()
+    found = model.generate_masks(photograph, output_label_map=True, **COINS.everything)
+    assert int(number) == len(found["masks"]) > 10
+    assert not {name for name in COINS.everything if "thresh" in name}
+
+    picture = np.asarray(Image.open(out / "demo.png").convert("RGB")).astype(int)
+    row = picture[-picture.shape[1] // 3 :]  # of the two panels
+    coloured = row.max(-1) - row.min(-1) > 40  # the photograph is grey
+    left, right = coloured[:, : row.shape[1] // 2], coloured[:, row.shape[1] // 2 :]
+    assert not left.any()
+    share = (found["label_map"] > 0).float().mean()  # of the photograph, which fills most of the panel
+    assert 0.6 * share < right.mean() < 1.2 * share
 
 
 @pytest.mark.parametrize("case", ["exists", "missing", "file", "no parent", "not SAM"])

@@ -76,7 +76,8 @@ def test_an_adapter_is_measured_beside_its_base(here, run, tmp_path):
     assert code == 0, error
     after, before = expected(here, "mine/adapter"), expected(here, None)
     table = evaluation_table({"tiny": before, "mine/adapter": after})
-    assert printed == f"{table}\nlook at {tmp_path}/out/index.html\n"
+    merge = "next: sam-split merge tiny mine/adapter MERGED"
+    assert printed == f"{table}\nlook at {tmp_path}/out/index.html\n{merge}\n"
     assert "AR@100" in table
     assert before.means["iou_box"] != after.means["iou_box"]
     found = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -109,9 +110,9 @@ def test_an_adapter_is_measured_beside_its_base(here, run, tmp_path):
 def test_what_is_compared(here, run, line, columns):
     code, printed, error = run(f"{line} --no-everything --quiet")
     assert (code, error) == (0, "")
-    *table, last = printed.splitlines()
-    assert last == "to see where it fails, add --out FOLDER"
-    cells = [[cell.strip() for cell in line.split("|")[2:-1]] for line in table]
+    table, last = printed.split("to see where it fails, add --out FOLDER\n")
+    assert last == ("next: sam-split merge tiny mine/adapter MERGED\n" if "--adapter" in line else "")
+    cells = [[cell.strip() for cell in row.split("|")[2:-1]] for row in table.splitlines()]
     assert cells[0] == columns
     adapters = {"yours/adapter": "yours/adapter", "mine/adapter": "mine/adapter"}
     for index, column in enumerate(column for column in columns if column != "change"):

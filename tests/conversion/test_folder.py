@@ -36,7 +36,7 @@ def test_the_installed_licence_wins_over_a_strangers(site_packages, monkeypatch)
     file.parent.mkdir(parents=True)
     file.write_text("ours")
     monkeypatch.setattr(metadata, "files", lambda name: [Installed(site_packages / "LICENSE"), file])
-    assert folder._license() == "ours"
+    assert folder.license_text() == "ours"
 
 
 @pytest.mark.parametrize("installed", [True, False])
@@ -47,7 +47,7 @@ def test_a_strangers_licence_is_never_taken(installed, site_packages, monkeypatc
 
     monkeypatch.setattr(metadata, "files", files)
     with pytest.raises(ConversionError, match="lacks its LICENSE file"):
-        folder._license()
+        folder.license_text()
 
 
 def test_a_checkout_that_is_not_installed_has_its_own(monkeypatch):
@@ -55,7 +55,7 @@ def test_a_checkout_that_is_not_installed_has_its_own(monkeypatch):
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "files", files)
-    assert folder._license() == OURS
+    assert folder.license_text() == OURS
     assert "Apache License" in OURS
 
 

@@ -153,7 +153,7 @@ class Killer:
             (atomic.os, "replace"),
             (segmentation, "_clear"),
             (segmentation, "_read"),
-            (segmentation, "_segment"),
+            (segmentation, "masks_of"),
             (segmentation, "draw_overlay"),
             (segmentation, "draw_masks"),
             (segmentation.json, "dumps"),
@@ -167,7 +167,7 @@ class Killer:
                 if self.steps == self.at and function.__name__ == "_flush_entry" and args[0].is_file():
                     os.truncate(args[0], args[0].stat().st_size // 2)  # in the middle of writing
                 raise Killed
-            if function.__name__ == "_segment":
+            if function.__name__ == "masks_of":
                 self.segmented.append(args[1])
             return function(*args, **options)
 
@@ -234,12 +234,12 @@ def test_ctrl_c_says_that_the_run_goes_on(here, good, tmp_path, capsys, monkeypa
             raise KeyboardInterrupt
         return segment(model, name, *rest)
 
-    segment = segmentation._segment
-    monkeypatch.setattr(segmentation, "_segment", interrupt)
+    segment = segmentation.masks_of
+    monkeypatch.setattr(segmentation, "masks_of", interrupt)
     assert main(command(here, tmp_path / "out")) == 130
     assert capsys.readouterr().err.startswith("sam-split: error: interrupted; the same command goes on")
     assert len(list((tmp_path / "out/parts").iterdir())) == 2
-    monkeypatch.setattr(segmentation, "_segment", segment)
+    monkeypatch.setattr(segmentation, "masks_of", segment)
     assert main(command(here, tmp_path / "out")) == 0
     assert same(good, tmp_path / "out")
 
@@ -335,6 +335,7 @@ def test_an_unreadable_image_is_named_or_skipped(kind, here, good, tmp_path, cap
 BAD = [
     ("segment split photos", "OUT"),
     ("segment split nowhere out", "'nowhere' names no image"),
+    ("segment split https://x.org/a.png out", "'https://x.org/a.png' is an address; download the image"),
     ("segment split '' out", "name of an image is empty"),
     ("segment split photos/*.gif out", "'photos/*.gif' names no image"),
     ("segment split split out", "'split' names no image"),
@@ -346,8 +347,8 @@ BAD = [
     ("segment split photos ''", "OUT is empty"),
     ("segment split photos out --points 0", "--points: must be an integer of at least 1, got 0"),
     ("segment split photos out --points x", "--points: must be an integer of at least 1, got x"),
-    ("segment split photos out --min-iou nan", "--min-iou: 'nan'"),
-    ("segment split photos out --min-stability 2", "--min-stability: '2' is not a number from 0 to 1"),
+    ("segment split photos out --min-iou nan", "--min-iou: must be a number from 0 to 1, got nan"),
+    ("segment split photos out --min-stability 2", "--min-stability: must be a number from 0 to 1, got 2"),
     ("segment split photos out --format jpg", "'jpg'"),
     ("segment split photos out --device nowhere", "--device 'nowhere'"),
     ("segment split photos out --device cuda:99", "--device 'cuda:99'"),

@@ -29,7 +29,7 @@ from transformers import AutoProcessor
 from conversion import convert
 from conversion.cli import main
 from conversion.cli.demo import TINY_SAM
-from conversion.rows import MASKS, ImageRows
+from conversion.rows import MASKS, ImageRows, summary
 from sam_split import SamSplitModel
 
 pytestmark = pytest.mark.slow  # processes that import torch and transformers
@@ -142,7 +142,9 @@ def computed(folder):
     return [json.loads(path.read_text()) for path in folder.iterdir()]
 
 
-def test_two_actors_of_which_one_is_killed_find_what_one_process_finds(here, expected, cluster, tmp_path, monkeypatch):
+def test_two_actors_of_which_one_is_killed_find_what_one_process_finds(
+    here, expected, cluster, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(segment_ray, "ImageRows", logging(tmp_path / "log", tmp_path / "killed"))
     monkeypatch.setattr(segment_ray, "IMAGES", 1)
     segment_ray.main(
@@ -156,6 +158,7 @@ def test_two_actors_of_which_one_is_killed_find_what_one_process_finds(here, exp
         ]
     )
     assert rows_of(tmp_path / "out/masks") == expected
+    assert f"{tmp_path / 'out/masks'}: {len(expected)} rows\n" in capsys.readouterr().out
     assert (tmp_path / "killed").exists()
     done = computed(tmp_path / "log")
     assert {path for path, _ in done} == set(expected)
@@ -168,9 +171,11 @@ def test_two_actors_of_which_one_is_killed_find_what_one_process_finds(here, exp
             assert decode({"size": [row["height"], row["width"]], "counts": counts}).sum() == area
 
 
-def test_the_readmes_command_is_killed_and_goes_on(here, expected, cluster, tmp_path, monkeypatch):
+def test_the_pages_command_is_killed_and_goes_on(here, expected, cluster, tmp_path, monkeypatch):
     monkeypatch.chdir(here)
-    (line,) = re.findall(r"^python examples/segment_ray.py (.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    (line,) = re.findall(
+        r"^python examples/segment_ray.py (.*)$", (ROOT / "docs/everything.md").read_text(), re.MULTILINE
+    )
     argv, out = [*line.split(), *FLAGS], here / "rows"
     with (tmp_path / "printed").open("w") as printed:
         process = subprocess.Popen([sys.executable, str(SCRIPT), *argv], stdout=printed, stderr=printed)
@@ -227,6 +232,25 @@ def test_bad_commands_end_in_one_line_before_ray_starts(here, tmp_path, capsys):
     segment_ray.begin(out, "masks", {"points_per_crop": 12})
     segment_ray.begin(out, "masks", {"points_per_crop": 12})
     assert "was begun with {'points_per_crop': 12}, and this is" in refused([model, photos, out], capsys)
+
+
+def test_a_run_that_finds_nothing_says_what_to_do(tmp_path):
+    def saved(scores):
+        lists = {name: [[]] * len(scores) for name in ("boxes", "areas", "counts")}
+        path = [f"{n}.png" for n in range(len(scores))]
+        row = {"path": path, "height": [8] * len(scores), "width": [8] * len(scores), "scores": scores, **lists}
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        pa.parquet.write_table(pa.table(row, schema=MASKS), folder / "part.parquet")
+        return str(folder)
+
+    nothing, something = saved([[], []]), saved([[], [0.9, 0.8]])
+    assert summary(nothing) == (
+        f"{nothing}: 2 rows, all without a mask; lower --min-iou or --min-stability, and name another OUT"
+    )
+    assert summary(something) == f"{something}: 2 rows"
+    pa.parquet.write_table(pa.table({"path": ["a"], "embedding": [[0.0]]}), tmp_path / "part.parquet")
+    assert summary(str(tmp_path / "part.parquet")) == f"{tmp_path / 'part.parquet'}: 1 rows"
 
 
 def test_help_explains(capsys):

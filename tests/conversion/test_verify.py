@@ -85,6 +85,25 @@ def test_one_bit_fails_and_is_named(change, name, formats, edited, capsys):
     assert len(captured.err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_json_is_all_that_stdout_holds(same, formats, edited, capsys):
+    if not same:
+        rewrite(edited, flip_lowest_bit)
+    assert main(["verify", str(formats / "split"), str(edited), "--tensors-only", "--json"]) == (0 if same else 1)
+    report = json.loads(capsys.readouterr().out)
+    assert set(report) == {"same", "rows"}
+    assert report["same"] is same
+    first, *_, last = report["rows"]
+    assert first == {"compared": "configs", "result": "equal", "passed": True}
+    assert last["compared"] == ("182 tensors" if same else V)
+    assert last["passed"] is same
+
+
+def test_json_of_no_checkpoint_is_empty(formats, tmp_path, capsys):
+    assert main(["verify", str(formats / "split"), str(tmp_path / "nothing.pth"), "--json"]) == 2
+    assert capsys.readouterr().out == ""
+
+
 def test_another_dtype_fails(formats, edited):
     rewrite(edited, lambda state: state.update({V: state[V].bfloat16()}))
     with pytest.raises(CheckFailed, match=rf"{V}: torch.float32 \(32, 32\) and torch.bfloat16 \(32, 32\)"):
