@@ -15,8 +15,7 @@ nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "uv"  # all sessions share uv's cache: torch is fetched once
 nox.options.reuse_venv = "yes"
 nox.options.stop_on_first_error = True  # what failed is then the last thing on the screen
-nox.options.sessions = ["lint", "tests", "tests_oldest", "tests_hub1", "across_versions", "transformers_own"]
-nox.options.sessions += ["node", "page", "wheel", "docs"]
+nox.options.sessions = ["lint", "tests", "tests_oldest", "tests_hub1", "transformers_own", "node", "page", "docs"]
 
 # Each transformers with the peft and huggingface_hub of its day, the oldest with the lower bounds of pyproject.toml.
 PINS = {
@@ -30,7 +29,8 @@ PINS = {
 OLDEST, *_, NEWEST = PINS
 
 # Two processes of one thread: two cores are common in CI, and a test of ViT-B's size needs up to 6 GB.
-PYTEST = ("-m", "pytest", "--numprocesses=2", "--dist=worksteal", "--durations=15")
+# A file's tests stay in one of them, for they share what they made.
+PYTEST = ("-m", "pytest", "--numprocesses=2", "--dist=loadfile", "--durations=15")
 # What no version of transformers or peft changes, or takes long, is run on the newest alone: files by folder.
 NEWEST_ONLY = {
     "conversion": "bad_commands command_line demo export faults faults_fuzz folder image_size key_map segment_ray "
@@ -63,7 +63,13 @@ def tests(session):
 @nox.session(default=False)
 def quick(session):
     """What to run while working: the tests on the newest versions, without the slow ones."""
-    _run(session, NEWEST, *PYTEST, "-m", "not slow and not network", *session.posargs)
+    _run(session, NEWEST, *PYTEST, "-m", "not slow and not night and not network", *session.posargs)
+
+
+@nox.session(default=False)
+def night(session):
+    """The tests that take longest, of which a quicker one holds most."""
+    _run(session, NEWEST, *PYTEST, "-m", "night", *session.posargs)
 
 
 @nox.session(default=False)
@@ -86,7 +92,7 @@ def tests_hub1(session):
     _run(session, NEWEST, *PYTEST, *files, *session.posargs, PYTHONPATH=str(folder))
 
 
-@nox.session
+@nox.session(default=False)
 def across_versions(session):
     """What one version writes gives the same numbers with every other; `-- 5.0.0 5.17.0` names versions."""
     _across(session, session.posargs or [OLDEST, NEWEST])
@@ -184,7 +190,7 @@ def docs(session):
     session.run("mkdocs", "build", "--strict", env={"NO_MKDOCS_2_WARNING": "1"})
 
 
-@nox.session
+@nox.session(default=False)
 def wheel(session):
     """The main job and the pages' path of fine-tuning from an installed wheel, out of the checkout's sight."""
     folder, script = _empty_folder(session), str(Path("tests/newcomer.py").resolve())

@@ -1,6 +1,8 @@
 """A model as a repository of transformers.js: ONNX graphs, configs, a card; checked before it appears."""
 
 import contextlib
+import hashlib
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ def export(
     quantize: str | None = None,
     opset: int = OPSET,
     progress: bool = True,
+    seen: dict[str, Path] | None = None,
 ) -> list[Row]:
     """Write a model as ONNX graphs in a folder that transformers.js loads.
 
@@ -44,6 +47,8 @@ def export(
         quantize: "int8" for 8-bit weights and activations in the image encoder's matrix products, or None.
         opset: version of ONNX's operators.
         progress: whether to show a progress bar.
+        seen: files of exports before, by their weights, or None. What this model shares with them is copied and not
+            made again; what it does not is added.
 
     Returns:
         What was compared with torch, and how far it differs.
@@ -69,16 +74,24 @@ def export(
         with new_folder(out) as folder:
             (folder / "onnx").mkdir()
             files: dict[str, Path] = {}
+            made: dict[str, Path] = {}
             for graph in graphs(model, getattr(torch, dtype)):
                 step(f"export {graph.name}")
                 precision = "int8" if quantize and graph.name == "vision_encoder" else dtype
-                files[graph.name] = folder / "onnx" / f"{graph.name}{SUFFIXES[precision]}.onnx"
-                _write(graph, files[graph.name], opset, precision)
+                path = files[graph.name] = folder / "onnx" / f"{graph.name}{SUFFIXES[precision]}.onnx"
+                weights = f"{path.name} {_digest(graph.module)}"
+                made[weights] = out / "onnx" / path.name
+                if seen and weights in seen:
+                    _copy(seen[weights], path)
+                else:
+                    _write(graph, path, opset, precision)
             step("run in onnxruntime")
             rows = compare(files, pixels, embeddings, cases, quantize or dtype)
             if failed := [row for row in rows if not row.passed]:
                 raise CheckFailed(f"not the same model: {failed[0].compared}: {failed[0].result}", rows)
             _write_rest(folder, files, config, settings, source, adapter, rows)
+    if seen is not None:
+        seen |= made
     return rows
 
 
@@ -96,6 +109,22 @@ def _steps(show: bool):
 
         yield step
         bar.update()
+
+
+def _digest(module: torch.nn.Module) -> str:
+    """Of the weights' names and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _copy(graph: Path, to: Path) -> None:
+    """Copy a graph, and the file of its weights if it has one."""
+    for end in ("", "_data"):
+        if (path := graph.with_name(graph.name + end)).exists():
+            shutil.copyfile(path, to.with_name(to.name + end))
 
 
 def _write(graph: Graph, path: Path, opset: int, precision: str) -> None:

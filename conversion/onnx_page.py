@@ -31,10 +31,11 @@ def export_page(source, out, *, adapter=None, **options) -> list[Row]:
     """
     out = check_out(out, source, adapter)
     with new_folder(out) as folder:
-        rows = export(source, folder / "adapted", adapter=adapter, **options)
+        seen: dict[str, Path] = {}
+        rows = export(source, folder / "adapted", adapter=adapter, seen=seen, **options)
         page: dict[str, Any] = {"adapter": Path(str(adapter)).name if adapter else None, "base_files": []}
         if adapter:
-            base = export(source, folder / "base", **options)
+            base = export(source, folder / "base", seen=seen, **options)
             rows += [Row(f"base: {row.compared}", row.result, row.passed) for row in base]
             page["base_files"] = _keep_what_differs(folder / "base", folder / "adapted")
         for path in (folder / "adapted").iterdir():

@@ -42,7 +42,7 @@ def tests_of(path: Path) -> str:
 def command(python: str, tests: str, module: str = "") -> str:
     """Run the tests of a folder until one fails, files that name the module first."""
     files = sorted(Path(tests).glob("test_*.py"), key=lambda file: module not in file.read_text(encoding="utf-8"))
-    options = *"-m pytest -x -q -p no:cacheprovider -m".split(), "not slow and not network"
+    options = *"-m pytest -x -q -p no:cacheprovider -m".split(), "not slow and not night and not network"
     return shlex.join([python, *options, *map(str, files)])
 
 

@@ -70,7 +70,7 @@ def test_every_session_is_run_at_night_but_those_for_people():
     default = {name for names in lists for name in json.loads(names)}
     beside = set(step["env"]["BESIDES"].split())
     assert not default & beside, "those would run twice"
-    assert SESSIONS - default - beside == {"quick", "coverage", "mutants", "dist"}
+    assert SESSIONS - default - beside == {"quick", "coverage", "mutants", "dist", "across_versions"}
 
 
 def test_pre_commit_has_the_ruff_of_the_lint_session():
