@@ -77,7 +77,8 @@ def _run(argv: list[str] | None) -> int:
     from hub_card.errors import PushRefused
 
     try:
-        return args.run(args) or 0
+        with _no_bars() if getattr(args, "quiet", False) else contextlib.nullcontext():
+            return args.run(args) or 0
     except PushRefused as error:
         return _fail(error, 2)
 
@@ -85,6 +86,20 @@ def _run(argv: list[str] | None) -> int:
 def _fail(error, code: int) -> int:
     print(f"sam-split: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
     return code
+
+
+@contextlib.contextmanager
+def _no_bars():
+    """Without the progress bars of transformers and huggingface_hub."""
+    from transformers.utils import logging as bars
+
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
 
 
 @contextlib.contextmanager

@@ -10,7 +10,8 @@ EVALUATE = """\
 Measure the masks of MODEL on DATA, images and the masks of their objects that people made.
 
 MODEL is a split folder, or any other checkpoint that `sam-split convert` reads. DATA is, as for `sam-split finetune`,
-  a folder with images/NAME.png (or .jpg) and masks/NAME.png, 0 for background, another value per object
+  a folder with images/NAME.png (or .jpg) and masks/NAME.png (or .tif; 8 or 16 bits), 0 for background,
+  another value per object
   a folder with images/ and COCO's annotations.json (polygons or run lengths)
   a Hugging Face dataset, a saved one or its Hub id, with columns of images and of such masks
 

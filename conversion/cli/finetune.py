@@ -14,7 +14,8 @@ FINETUNE = """\
 Train an adapter of BASE on images and the masks of their objects, and see how masks change.
 
 BASE is what `sam-split convert` made. DATA is one of
-  a folder with images/NAME.png (or .jpg) and masks/NAME.png, 0 for background, another value per object
+  a folder with images/NAME.png (or .jpg) and masks/NAME.png (or .tif; 8 or 16 bits), 0 for background,
+  another value per object
   a folder with images/ and COCO's annotations.json (polygons or run lengths; crowds count as void)
   a Hugging Face dataset, a saved one or its Hub id, with columns of images and of such masks
 Images have 8 bits per channel. All are read once before training: one that cannot be used ends the run, or is left out

@@ -1,6 +1,7 @@
 """How every subcommand is made, says what is wrong with its arguments, and names the command that follows."""
 
 import argparse
+import difflib
 import importlib.util
 import math
 import shlex
@@ -10,14 +11,34 @@ from ..errors import ConversionError
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as the commands themselves do, and takes no shortened options."""
+    """Says in one line what is wrong and what was probably meant. No option can be shortened."""
 
     def __init__(self, **options):
         super().__init__(**{"allow_abbrev": False, **options})
 
+    def parse_known_args(self, args=None, namespace=None):
+        """Each command answers for its own words; argparse has the parser of all commands answer."""
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{near(unknown[0], self._option_string_actions)}")
+        return namespace, unknown
+
+    def _check_value(self, action, value):
+        if action.choices is not None and value not in action.choices:
+            known = ", ".join(map(str, action.choices))
+            raise argparse.ArgumentError(
+                action, f"invalid choice: {value!r}{near(value, action.choices)} (choose from {known})"
+            )
+
     def error(self, message):
         program, *_ = self.prog.split()  # "sam-split" of "sam-split convert"
         self.exit(2, f"{program}: error: {' '.join(message.split())}; see {self.prog} --help\n")
+
+
+def near(word: str, known) -> str:
+    """The known word that was probably meant, as the end of a message, or nothing."""
+    found = difflib.get_close_matches(str(word).split("=")[0], map(str, known), 1)
+    return f"; did you mean {found[0]!r}?" if found else ""
 
 
 class Version(argparse.Action):

@@ -12,6 +12,8 @@ from .checks import check_example
 from .coco import coco_readers
 from .collator import vanished
 
+MASK_SUFFIXES = ".png", ".tif", ".tiff"
+
 
 class Examples(Sequence[dict[str, Any]]):
     """Examples as `SamSplitCollator` takes them, each read when it is asked for.
@@ -101,9 +103,10 @@ def find_examples(
     """The examples of a folder or a Hugging Face dataset.
 
     Args:
-        source: a folder with `images/NAME.png` (or .jpg) and `masks/NAME.png`, 0 for background, another value per
-            object; a folder with `images/` and COCO's `annotations.json` (polygons or run lengths; crowds are void);
-            or a saved dataset or the Hub id of one, with columns of images and of such masks.
+        source: a folder with `images/NAME.png` (or .jpg) and `masks/NAME.png` (or .tif; 8 or 16 bits), 0 for
+            background, another value per object; a folder with `images/` and COCO's `annotations.json` (polygons or
+            run lengths; crowds are void); or a saved dataset or the Hub id of one, with columns of images and of such
+            masks.
         split, image_column, mask_column: of a dataset.
 
     Raises:
@@ -131,9 +134,10 @@ def _folder_readers(folder):
 
     readers = {}
     for path in sorted((folder / "images").glob("[!.]*")):
-        mask = folder / "masks" / f"{path.stem}.png"
-        if not mask.is_file():
-            raise ValueError(f"{path} has no mask {mask}; add it, or take the image away")
+        named = [folder / "masks" / f"{path.stem}{suffix}" for suffix in MASK_SUFFIXES]
+        mask = next((mask for mask in named if mask.is_file()), None)
+        if mask is None:
+            raise ValueError(f"{path} has no mask {named[0]} (nor .tif); add it, or take the image away")
         readers[path.name] = lambda path=path, mask=mask: (Image.open(path), object_masks(Image.open(mask)))
     return readers
 

@@ -47,13 +47,14 @@ LONG = "n" * 300
 
 # the command, run in `folder`, and what its one line must say
 BAD = [
-    ("conver stock out", "'conver'"),
-    ("--verson", "--verson"),
+    ("conver stock out", "'conver'; did you mean 'convert'? (choose from convert,"),
+    ("--verson", "--verson; did you mean '--version'?"),
     # convert
     ("convert", "SOURCE, OUT"),
     ("convert stock", "OUT"),
     ("convert stock out more", "more"),
-    ("convert stock out --quite", "--quite"),
+    ("convert stock out --quite", "--quite; did you mean '--quiet'?; see sam-split convert --help"),
+    ("adapter fuse lora out --bass=split", "'--base'?; see sam-split adapter fuse --help"),
     ("convert stock out --qui", "--qui"),
     ("convert stock out --private", "--private"),
     ("convert stock out --push-to-hub", "--push-to-hub"),

@@ -8,9 +8,10 @@ import subprocess
 import sys
 
 import pytest
+from transformers.utils import logging
 
 import sam_split
-from conversion.cli import build_parser, main
+from conversion.cli import build_parser, main, segment
 
 
 def commands_of(parser):
@@ -110,6 +111,15 @@ def test_version(capsys):
         main(["--version"])
     assert capsys.readouterr().out == f"sam-split {sam_split.__version__}\n"
     assert set(vars(build_parser().parse_args(["env"]))) == {"run"}, "finetune takes what it is given for settings"
+
+
+@pytest.mark.parametrize("options", [[], ["--quiet"]])
+def test_quiet_hides_the_bars_of_libraries_as_well(options, monkeypatch):
+    shown = []
+    monkeypatch.setattr(segment, "run", lambda args: shown.append(logging.is_progress_bar_enabled()))
+    assert main(["segment", "model", "image", "out", *options]) == 0
+    assert shown == [not options]
+    assert logging.is_progress_bar_enabled()
 
 
 def test_the_parser_itself_demands_the_base_of_an_import(capsys):

@@ -52,6 +52,18 @@ def test_folder_coco_and_dataset_agree(tmp_path):
         find_examples(tmp_path / "saved", mask_column="truth")
 
 
+@pytest.mark.parametrize("name", ["0.tif", "0.tiff", "0.png"])
+def test_masks_of_16_bits(name, tmp_path):
+    """More objects than 8 bits can number, as programs for microscopy save them."""
+    folder = image_folder(tmp_path / "folder", number=1)
+    values = np.arange(40 * 60, dtype=np.uint16).reshape(40, 60) // 8
+    (folder / "masks" / "0.png").unlink()
+    Image.fromarray(values).save(folder / "masks" / name)
+    masks = find_examples(folder)[0]["masks"]
+    assert masks.shape == (299, 40, 60)
+    assert np.array_equal((masks * np.arange(1, 300)[:, None, None]).sum(0), values)
+
+
 def test_coco_with_crowds_and_polygons_outside(base, tmp_path):
     """A crowd is void for every object and in no background; what is outside the image is cut off or left out."""
 
