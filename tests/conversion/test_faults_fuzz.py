@@ -1,4 +1,4 @@
-"""Damaged files by the thousand: each conversion ends in a whole folder or in one clear line."""
+"""Damaged files, by the thousand at night: each conversion ends in a whole folder or in one clear line."""
 
 import json
 import random
@@ -111,12 +111,14 @@ CASES = [
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("share", [0.1, pytest.param(1, marks=pytest.mark.night)])
 @pytest.mark.parametrize("case", range(len(CASES)), ids=[f"{s}-{f}-{n}" for s, f, n, _ in CASES])
-def test_a_damaged_file_ends_in_a_folder_or_in_one_line(case, sources, tmp_path, capsys, monkeypatch):
+def test_a_damaged_file_ends_in_a_folder_or_in_one_line(case, share, sources, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
         atomic, "_flush_entry", lambda path: None
     )  # thousands of flushes take minutes and show nothing
     source, file, count, damage = CASES[case]
+    count = int(share * count)
     source = sources / source
     work = tmp_path / source.name
     if file:

@@ -142,6 +142,13 @@ def computed(folder):
     return [json.loads(path.read_text()) for path in folder.iterdir()]
 
 
+def test_rows_are_what_segment_writes(here, expected):
+    options = {"points_per_crop": 12, "pred_iou_thresh": 0.5, "stability_score_thresh": 0.6}  # FLAGS
+    rows = ImageRows(here / "sam-split-vit-base", **options)
+    assert {row["path"]: row for row in rows(pa.parquet.read_table(here / "photos.parquet")).to_pylist()} == expected
+
+
+@pytest.mark.night
 def test_two_actors_of_which_one_is_killed_find_what_one_process_finds(
     here, expected, cluster, tmp_path, monkeypatch, capsys
 ):
@@ -171,6 +178,7 @@ def test_two_actors_of_which_one_is_killed_find_what_one_process_finds(
             assert decode({"size": [row["height"], row["width"]], "counts": counts}).sum() == area
 
 
+@pytest.mark.night
 def test_the_pages_command_is_killed_and_goes_on(here, expected, cluster, tmp_path, monkeypatch):
     monkeypatch.chdir(here)
     (line,) = re.findall(
@@ -192,25 +200,39 @@ def test_the_pages_command_is_killed_and_goes_on(here, expected, cluster, tmp_pa
     assert rows_of(out / "masks") == expected
 
 
-def test_embeddings_are_the_adapted_models(here, cluster, tmp_path, capsys):
-    """The first run ends at an image that cannot be read, and the second goes on without it."""
+@pytest.fixture(scope="module")
+def adapted(here):
+    """The model with an adapter that changes what it computes, and the adapter's folder."""
     model = SamSplitModel.from_pretrained(here / "sam-split-vit-base")
-    adapted = trained(model, tmp_path / "lora", r=2, target_modules=["q", "v"]).merge_and_unload()
+    return trained(model, here / "lora", r=2, target_modules=["q", "v"]).merge_and_unload(), here / "lora"
+
+
+@torch.no_grad()
+def assert_embeddings_are(model, table, processor):
+    embeddings = torch.from_numpy(table["embedding"].combine_chunks().to_numpy_ndarray())
+    assert len(set(table["path"].to_pylist())) == len(embeddings) == 9
+    for path, embedding in zip(table["path"].to_pylist(), embeddings, strict=True):
+        inputs = processor(Image.open(path).convert("RGB"), return_tensors="pt")
+        torch.testing.assert_close(model.get_image_embeddings(inputs["pixel_values"])[0], embedding)
+
+
+def test_embeddings_are_the_adapted_models(here, adapted):
+    (model, lora), source = adapted, here / "sam-split-vit-base"
+    table = ImageRows(source, lora, "embeddings", batch_size=2)(pa.parquet.read_table(here / "photos.parquet"))
+    assert_embeddings_are(model, table, AutoProcessor.from_pretrained(source))
+
+
+@pytest.mark.night
+def test_a_bad_image_ends_a_run_that_goes_on_without_it(here, adapted, cluster, tmp_path, capsys):
+    (model, lora), source = adapted, here / "sam-split-vit-base"
     photos = shutil.copytree(here / "photos", tmp_path / "photos")
     (photos / "bad.png").write_bytes(b"no image")
-    argv = [str(here / "sam-split-vit-base"), str(photos), str(tmp_path / "out"), "--embeddings"]
-    argv += ["--adapter", str(tmp_path / "lora"), "--batch", "2"]
+    argv = [str(source), str(photos), str(tmp_path / "out"), "--embeddings", "--adapter", str(lora), "--batch", "2"]
     error = f"segment_ray.py: error: {photos / 'bad.png'} cannot be read as an image ("
     assert refused(argv, capsys).startswith(error)
     segment_ray.main([*argv, "--skip-bad"])
     table = pa.dataset.dataset(tmp_path / "out/embeddings").to_table()
-    assert len(set(table["path"].to_pylist())) == len(table) == 9
-    processor = AutoProcessor.from_pretrained(here / "sam-split-vit-base")
-    embeddings = torch.from_numpy(table["embedding"].combine_chunks().to_numpy_ndarray())
-    for path, embedding in zip(table["path"].to_pylist(), embeddings, strict=True):
-        inputs = processor(Image.open(path).convert("RGB"), return_tensors="pt")
-        with torch.no_grad():
-            torch.testing.assert_close(adapted.get_image_embeddings(inputs["pixel_values"])[0], embedding)
+    assert_embeddings_are(model, table, AutoProcessor.from_pretrained(source))
 
 
 def refused(argv, capsys):

@@ -1,4 +1,4 @@
-"""Parity at the size people use: ViT-B, 1024 x 1024 pixels, all twelve layers, outputs and every gradient.
+"""Parity at the size people use: ViT-B, 1024 x 1024 pixels, outputs and every gradient.
 
 One test, so that one process holds one model at a time; with checkpointed layers stock's backward pass needs 5 GB.
 """
@@ -21,8 +21,12 @@ from sam_split import SamSplitModel
 
 
 @pytest.mark.slow
-def test_vit_b():
-    config = SamConfig()
+@pytest.mark.parametrize(
+    ("layers", "global_layers"), [(2, [1]), pytest.param(12, [2, 5, 8, 11], marks=pytest.mark.night)]
+)
+def test_vit_b(layers, global_layers):
+    """All twelve layers, or one of each kind."""
+    config = SamConfig(vision_config={"num_hidden_layers": layers, "global_attn_indexes": global_layers})
     # Meta's epsilon, so that one set of weights is the same model in all three.
     config.mask_decoder_config.layer_norm_eps = 1e-5
     pixels = draw(1, 3, 1024, 1024, seed=1)

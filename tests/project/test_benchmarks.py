@@ -167,6 +167,7 @@ def measured(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.night
 def test_run(measured):
     results = Results.read(measured / "quick-cpu.json")
     (case,) = results.run.cases.values()
@@ -185,6 +186,7 @@ def test_run(measured):
 
 
 @pytest.mark.slow
+@pytest.mark.night
 def test_run_goes_on_where_it_was(measured):
     before = (measured / "quick-cpu.json").read_text()
     done = run("--only", "encoder-128", out=measured)

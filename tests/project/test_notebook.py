@@ -23,8 +23,12 @@ def test_it_is_kept_without_outputs(notebook):
 
 
 @pytest.mark.slow
-def test_it_runs_and_shows_its_picture(notebook, tmp_path, monkeypatch):
+@pytest.mark.parametrize("training", ["--steps 1", pytest.param("--epochs 16", marks=pytest.mark.night)])
+def test_it_runs_and_shows_its_picture(training, notebook, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # the checkout is under test, whatever is installed
+    (cell,) = [cell for cell in notebook.cells if "sam-split finetune" in cell.source and cell.cell_type == "code"]
+    assert "--epochs 16" in cell.source
+    cell.source = cell.source.replace("--epochs 16", training)
     nbclient.NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(tmp_path)}}).execute()
     shown = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     assert any("image/png" in output.get("data", {}) for output in shown), "no picture"

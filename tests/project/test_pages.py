@@ -39,6 +39,7 @@ LEFT = {
     "docs/gallery.md": ["coins.jpg"],
     "docs/index.md": ["my-adapter/adapter_model.safetensors", "my-model/modeling_sam_split.py"],
 }
+AT_NIGHT = "docs/deploy.md", "docs/gallery.md"
 WITH_CODE = [page for page, text in PAGES.items() if blocks(text, "bash", "python") and page != "README.md"]
 
 
@@ -65,7 +66,9 @@ def made(vit_b, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", WITH_CODE)
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=[pytest.mark.night] * (page in AT_NIGHT)) for page in WITH_CODE]
+)
 def test_every_block_runs(page, made, hub, tmp_path, monkeypatch):
     for name in GIVEN.get(page, []):
         copy = shutil.copytree if (made / name).is_dir() else shutil.copy

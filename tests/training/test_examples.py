@@ -124,7 +124,12 @@ def test_presets(base, coins, tmp_path, preset, trained):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("size", "objects"), [((3000, 4000), 2), ((20, 20), 2), ((400, 600), 300)], ids=["12 MP", "20 px", "300 objects"]
+    ("size", "objects"),
+    [
+        pytest.param((3000, 4000), 2, id="12 MP", marks=pytest.mark.night),
+        pytest.param((20, 20), 2, id="20 px"),
+        pytest.param((400, 600), 300, id="300 objects"),
+    ],
 )
 def test_sizes(base, tmp_path, size, objects):
     """Large images, small ones and many objects, to the end of the run, everything-mode included."""
@@ -182,7 +187,7 @@ def test_options_together(base, coins, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", [LAUNCHERS[0], pytest.param(LAUNCHERS[1], marks=pytest.mark.night)])
 def test_two_processes(base, coins, tmp_path, launcher):
     """Eight images are one epoch of two steps: two processes with two images each. One alone would see half.
 

@@ -79,9 +79,10 @@ def test_resumed_equals_uninterrupted(base, data, whole, tmp_path, monkeypatch, 
     assert adapter_hash(tmp_path) == adapter_hash(whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-def test_stopped_by_a_signal_and_resumed(base, data, whole, tmp_path, number):
+@pytest.mark.parametrize("name", ["SIGKILL", pytest.param("SIGTERM", marks=pytest.mark.night), "SIGINT"])
+def test_stopped_by_a_signal_and_resumed(base, data, whole, tmp_path, name):
     """At whatever moment of whatever step it comes."""
+    number = signal.Signals[name]
     options = ["--epochs", "2", "--save-steps", "1"]
     code = "import signal, sys; signal.signal(2, signal.default_int_handler); "  # tests in the background ignore it
     code += "from conversion.cli import main; sys.exit(main(sys.argv[1:]))"
