@@ -165,11 +165,11 @@ def mutants(session):
 
 @nox.session(default=False)
 def coverage(session):
-    """The share of statements that the tests run, by folder; `-- tests/hub` runs some of them."""
+    """The share of statements that the tests run, those of the night too, by folder; `-- tests/hub` runs some."""
     python, report = _python(session, NEWEST), _empty_folder(session) / "coverage.json"
     session.run("uv", "pip", "install", "--quiet", "--python", python, "pytest-cov", external=True)
     packages = ("--cov=sam_split", "--cov=hub_card", "--cov=conversion")
-    _run(session, NEWEST, *PYTEST, *packages, f"--cov-report=json:{report}", *session.posargs)
+    _run(session, NEWEST, *PYTEST, "-m", "not network", *packages, f"--cov-report=json:{report}", *session.posargs)
     session.log(_by_folder(json.loads(report.read_text(encoding="utf-8"))["files"]))
 
 
