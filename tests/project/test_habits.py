@@ -49,11 +49,12 @@ def test_a_workflow_runs_sessions_that_exist_and_nothing_else(path):
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
-def test_a_workflow_has_the_least_rights_and_pinned_actions(path):
+def test_a_workflow_has_the_least_rights_pinned_actions_and_an_end(path):
     workflow = read(path)
     assert workflow["permissions"] == {"contents": "read"}
     rights = {name for job in workflow["jobs"].values() for name in job.get("permissions", {})}
     assert rights == MAY_WRITE.get(path.name, set())
+    assert all("uses" in job or job["timeout-minutes"] <= 180 for job in workflow["jobs"].values())
     for step in steps_of(workflow):
         if "uses" in step:
             assert re.fullmatch(r"[\w-]+/[\w-]+@(v\d+|release/v\d+|[0-9a-f]{40})", step["uses"])
