@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from hub_card.onnx_folder import SUFFIXES
+
 from .atomic import check_out, new_folder
 from .errors import CheckFailed, ConversionError
 from .folder import config_fields, license_text, write_json, write_processor
@@ -18,9 +20,7 @@ from .onnx_graphs import Graph, graphs
 from .verification import Row
 
 OPSET = 18
-# The ends of file names by which transformers.js finds a precision, and its own names of precisions.
-SUFFIXES = {"float32": "", "float16": "_fp16", "int8": "_int8"}
-JS_NAMES = {"float32": "fp32", "float16": "fp16", "int8": "int8"}
+JS_NAMES = {"float32": "fp32", "float16": "fp16", "int8": "int8"}  # of precisions, in transformers.js
 # Weights beyond this are files of their own: a protobuf holds 2 GB, and a browser's buffer may hold less.
 MAX_BYTES = 2**31 - 2**20
 EXAMPLE = {"batch_size": 2, "point_batch_size": 3, "nb_points_per_image": 4}
@@ -78,7 +78,7 @@ def export(
             for graph in graphs(model, getattr(torch, dtype)):
                 step(f"export {graph.name}")
                 precision = "int8" if quantize and graph.name == "vision_encoder" else dtype
-                path = files[graph.name] = folder / "onnx" / f"{graph.name}{SUFFIXES[precision]}.onnx"
+                path = files[graph.name] = folder / "onnx" / f"{graph.name}{SUFFIXES[JS_NAMES[precision]]}.onnx"
                 weights = f"{path.name} {_digest(graph.module)}"
                 made[weights] = out / "onnx" / path.name
                 if seen and weights in seen:
@@ -198,8 +198,7 @@ def _write_rest(folder: Path, files: dict[str, Path], config, settings, source, 
 
     client: dict[str, Any] = {"dtype": {}, "use_external_data_format": {}}
     for name, path in files.items():
-        precision = next(dtype for dtype, suffix in SUFFIXES.items() if path.stem == name + suffix)
-        client["dtype"][name] = JS_NAMES[precision]
+        client["dtype"][name] = next(js for js, suffix in SUFFIXES.items() if path.stem == name + suffix)
         if path.with_name(f"{path.name}_data").exists():
             client["use_external_data_format"][path.name] = 1
     client["dtype"]["model"] = client["dtype"]["vision_encoder"]  # its other name, where sizes are looked up

@@ -12,7 +12,7 @@ from .folder import code_files, read_json
 
 NAMES = "vision_encoder|prompt_encoder_mask_decoder|mask_prompt_encoder"
 GRAPH = re.compile(rf"(base/)?onnx/({NAMES})(_fp16|_int8)?\.onnx(_data)?")
-# How transformers.js names a precision -> how the name of such a graph ends.
+# How transformers.js names a precision -> the end of a file's name by which it finds it.
 SUFFIXES = {"fp32": "", "fp16": "_fp16", "int8": "_int8"}
 PAGE = Path(__file__).with_name("page")
 
