@@ -7,20 +7,23 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
+from unittest import mock
 
 import torch
 from peft import PeftModel
+from peft.optimizers import create_loraplus_optimizer
 from transformers import AutoModel, AutoProcessor
 
 from conversion import convert
 from conversion.cli.demo import TINY_SAM
-from sam_split.training import PRESETS, evaluate, find_examples
+from sam_split.training import PRESETS, evaluate, find_examples, finetuning, lora_config
 from sam_split.training.finetuning import fit
 from sam_split.training.report import MEASURED
 from sam_split.training.settings import Settings
+from sam_split.training.trainer import PromptTrainer
 
 from . import fused_adapter
 
@@ -33,21 +36,42 @@ ROWS = {
     FUSED: {"preset": "fused"},
     BOX_ONLY: {"prompts": "box"},
 }
+
+
+class LoraPlus(PromptTrainer):
+    """With LoRA+: B learns faster than A."""
+
+    def create_optimizer(self, *given):
+        options = {"lr": 2 / 3 * self.args.learning_rate, "loraplus_lr_ratio": 4}
+        self.optimizer = create_loraplus_optimizer(self.model, torch.optim.AdamW, **options)
+        return self.optimizer
+
+
+HEADS = r".*(iou_prediction_head|output_hypernetworks_mlps)\..*"
+# Row of the table -> what it changes in PEFT's config of the default preset; LoRA+ is an optimizer.
+PEFT = {
+    "rsLoRA": {"use_rslora": True, "lora_alpha": 16},
+    "PiSSA": {"init_lora_weights": "pissa"},
+    "LoRA+": {},
+    "rank 64 in the heads": {"rank_pattern": {HEADS: 64}, "alpha_pattern": {HEADS: 128}},
+}
+ROWS |= {row: {} for row in PEFT}
 COLUMNS = {**MEASURED, "error of predicted IoU": "error_1_click"}
 
 DESCRIPTION = """\
 Train every preset on two domains with the tiny SAM of this repository, and measure each adapter on held-out images.
 
 All take the same steps on the same images. Beside the presets: LoRA on stock SamModel's fused qkv, and the default
-preset with boxes as its only prompts. The table gives the mean over the seeds with the smallest and the largest value.
-Times are seconds of one CPU thread, those of the evaluation after each epoch included.
+preset with boxes as its only prompts, or with one of PEFT's own variants of LoRA. The table gives the mean over the
+seeds with the smallest and the largest value. Times are seconds of one CPU thread, those of the evaluation after each
+epoch included.
 
 Each finished run is kept under OUT/DOMAIN/ROW/SEED; a command that was stopped goes on where it was. The images of
 nuclei are those of stardist's wheel, which pip downloads (or --stardist names): it is read, not installed.
 """
 EPILOG = """\
 examples:
-  python -m benchmarks.presets                                     both domains, three seeds; about half an hour
+  python -m benchmarks.presets                                     both domains, three seeds
   python -m benchmarks.presets --domain coins --seeds 0 --only encoder decoder
 """
 
@@ -62,7 +86,7 @@ def parse(words):
     parser.add_argument("--domain", nargs="+", choices=DOMAINS, default=list(DOMAINS), help="default: both")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="; ".join(ROWS))
-    parser.add_argument("--steps", type=int, default=40, help="of each run; default: %(default)s")
+    parser.add_argument("--steps", type=int, default=160, help="of each run; default: %(default)s")
     parser.add_argument("--lr", type=float, default=3e-3, help="learning rate; default: %(default)s")
     parser.add_argument("--stardist", type=Path, metavar="WHEEL", help="the wheel, if it is here already")
     parser.add_argument("--out", type=Path, default=Path("presets"), help="folder of the runs; default: %(default)s")
@@ -122,11 +146,20 @@ class Domain:
         shutil.rmtree(out, ignore_errors=True)
         out.parent.mkdir(parents=True, exist_ok=True)
         train = fused_adapter.fit if row == FUSED else fit
-        results = train(self.base, self.data / "train", out, settings)["results"]
+        with variant(row):
+            results = train(self.base, self.data / "train", out, settings)["results"]
         costs = {name: results[name] for name in ("trainable", "cpu_seconds_per_step", "steps")}
         found = {"settings": words, **costs, **self.measured(out / "adapter")}
         file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
         return found
+
+
+def variant(row):
+    """While it lasts, `fit` trains with what a row has of PEFT's."""
+    changed = PEFT.get(row, {})
+    config = lambda *given: replace(lora_config(*given), **changed)  # noqa: E731
+    trainer = LoraPlus if row == "LoRA+" else PromptTrainer
+    return mock.patch.multiple(finetuning, lora_config=config, PromptTrainer=trainer)
 
 
 def table(base, rows):

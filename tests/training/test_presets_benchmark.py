@@ -2,10 +2,12 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
 from peft import get_peft_model
+from safetensors.torch import load_file
 from training_data import image_folder
 
 from benchmarks import presets
@@ -36,7 +38,7 @@ def runs(out, row):
 
 def test_rows(out):
     """The presets, stock's fused qkv, and boxes only; all with the steps and the rate asked for."""
-    assert set(presets.ROWS) == {*PRESETS, presets.FUSED, presets.BOX_ONLY}
+    assert set(presets.ROWS) == {*PRESETS, presets.FUSED, presets.BOX_ONLY, *presets.PEFT}
     for row in ROWS:
         first, second = runs(out, row)
         assert first["iou_box"] != second["iou_box"], "another seed"
@@ -49,6 +51,36 @@ def test_rows(out):
     assert trained[presets.FUSED] == 4 * 16 * (96 + 3 * 96)
     assert trained[presets.BOX_ONLY] > trained["encoder"]
     assert Settings().preset == "encoder+decoder"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", presets.PEFT)
+def test_variants_of_lora(row, out, tmp_path, monkeypatch):
+    """Each is what its name says, and trained as it says."""
+    rates, step = set(), torch.optim.AdamW.step
+
+    def noted(optimizer, *given):
+        rates.update(group["lr"] for group in optimizer.param_groups if group["params"])
+        return step(optimizer, *given)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    (tmp_path / "coins").mkdir()
+    shutil.copytree(out / "coins" / "data", tmp_path / "coins" / "data")
+    presets.main(["--domain", "coins", "--seeds", "0", "--steps", "1", "--out", str(tmp_path), "--only", row])
+    adapter = tmp_path / "coins" / row.replace(" ", "-") / "0" / "adapter"
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["use_rslora"] == (row == "rsLoRA")
+    assert config["lora_alpha"] == (16 if row == "rsLoRA" else 32)
+    assert config["init_lora_weights"] == ("pissa" if row == "PiSSA" else True)
+    assert sorted(rates) == pytest.approx([2e-3, 8e-3] if row == "LoRA+" else [3e-3])
+    weights = load_file(adapter / "adapter_model.safetensors")
+    ranks: dict[str, int] = {}  # the largest of each part: PiSSA's is at most that of the layer
+    for name, tensor in weights.items():
+        if "mask_decoder" in name and "lora_A" in name:
+            part = name.split(".")[3]
+            ranks[part] = max(len(tensor), ranks.get(part, 0))
+    heads = 64 if row == "rank 64 in the heads" else 16
+    assert ranks == {"transformer": 16, "iou_prediction_head": heads, "output_hypernetworks_mlps": heads}
 
 
 def test_table(out):
