@@ -343,11 +343,11 @@ def test_help_names_every_option(capsys):
 
 
 @pytest.mark.slow
-def test_plot(measured, tmp_path):
+def test_plot(tmp_path):
     """Drawn when all parts are there, and left out of the report when they are not."""
     from benchmarks.plot import draw
 
-    results = Results.read(measured / "quick-cpu.json")
+    results = synthetic(tmp_path / "cpu.json")
     assert not draw(results, tmp_path / "none.png")
     (found,) = results.run.cases.values()
     for case in TINY.values():

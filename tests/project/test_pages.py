@@ -39,7 +39,7 @@ LEFT = {
     "docs/gallery.md": ["coins.jpg"],
     "docs/index.md": ["my-adapter/adapter_model.safetensors", "my-model/modeling_sam_split.py"],
 }
-AT_NIGHT = "docs/deploy.md", "docs/gallery.md"
+AT_NIGHT = "docs/deploy.md", "docs/gallery.md", "docs/publish.md"
 WITH_CODE = [page for page, text in PAGES.items() if blocks(text, "bash", "python") and page != "README.md"]
 
 
