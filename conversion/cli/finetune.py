@@ -97,7 +97,7 @@ def add_parser(subparsers) -> None:
     steps.add_argument("--accumulate", type=at_least(1), default=1, help="batches in a step (%(default)s)")
     steps.add_argument("--lr", type=at_least(0, float), default=1e-3, help="learning rate (%(default)s)")
     steps.add_argument(
-        "--patience", type=at_least(0), default=0, help="stop after this many epochs without gain; 0: never"
+        "--patience", type=at_least(0), default=0, help="stop after this many epochs without gain (%(default)s: never)"
     )
     steps.add_argument("--checkpointing", action="store_true", help="less memory, more time")
     steps.add_argument("--bf16", action="store_true", help="compute in bfloat16; the adapter stays in float32")
