@@ -33,11 +33,11 @@ OLDEST, *_, NEWEST = PINS
 PYTEST = ("-m", "pytest", "--numprocesses=2", "--dist=loadfile", "--durations=15")
 # What no version of transformers or peft changes, or takes long, is run on the newest alone: files by folder.
 NEWEST_ONLY = {
-    "conversion": "bad_commands command_line demo export faults faults_fuzz folder image_size key_map segment_ray "
-    "trainers",
+    "conversion": "bad_commands command_line demo export faults faults_fuzz folder image_size key_map "
+    "next_command segment_ray trainers",
     "hub": "card push push_faults push_folder push_onnx",
     "model": "gpu loss memory mutations parity_vit_b quantised",
-    "project": "benchmarks changelog floors habits notebook pages",
+    "project": "benchmarks changelog floors habits notebook pages public_types",
     "training": "bad_examples examples lora_dropout training training_equal",
 }
 os.environ.setdefault("UV_HTTP_RETRIES", "8")  # some seconds without a network do not end a run of many minutes

@@ -55,6 +55,8 @@ def image_processor(settings: dict):
 
 def on_device(device: str | None, model):
     """The model on a device; None for CUDA where there is one, else the CPU."""
+    if device == "meta":
+        raise ConversionError("--device 'meta' computes nothing; `sam-split env` lists devices")
     try:
         return model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     except (RuntimeError, AssertionError) as error:

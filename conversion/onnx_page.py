@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from hub_card.card import short_name
 from hub_card.onnx_card import describe_page
 
 from .atomic import check_out, new_folder
@@ -33,7 +34,7 @@ def export_page(source, out, *, adapter=None, **options) -> list[Row]:
     with new_folder(out) as folder:
         seen: dict[str, Path] = {}
         rows = export(source, folder / "adapted", adapter=adapter, seen=seen, **options)
-        page: dict[str, Any] = {"adapter": Path(str(adapter)).name if adapter else None, "base_files": []}
+        page: dict[str, Any] = {"adapter": short_name(adapter) if adapter else None, "base_files": []}
         if adapter:
             base = export(source, folder / "base", seen=seen, **options)
             rows += [Row(f"base: {row.compared}", row.result, row.passed) for row in base]

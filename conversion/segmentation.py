@@ -96,12 +96,15 @@ def segment(
     root, found = find_images(images, out)
     model, processor, digest = load_model(source, adapter)
     model, statistics = on_device(device, model), statistics_of(processor)
+    is_new = not out.exists()
     names = {"images": str(root), "source": str(source), "adapter": adapter and str(adapter)}
     _begin(out, {**names, "weights": digest, **options})
     try:
         return _run(model, root, found, out, format, overlay, skip_bad, progress, {**statistics, **options})
     finally:
         _clear(out)
+        if is_new and not (out / PARTS).exists():  # no image was finished
+            shutil.rmtree(out)
 
 
 def _run(model, root, found, out, format, overlay, skip_bad, progress, options) -> Report:

@@ -93,7 +93,7 @@ def fetch(source: str | Path, revision: str | None, patterns: list[str]) -> Path
         ConversionError: if it is neither.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     if not str(source):
         raise ConversionError("an adapter's name is empty; name its folder or its Hub id")
@@ -101,6 +101,8 @@ def fetch(source: str | Path, revision: str | None, patterns: list[str]) -> Path
     if path.is_dir():
         _check_no_revision(source, revision)
         return path
+    if path.is_file():
+        raise ConversionError(f"{source} is a file; expected a folder or a Hub id")
     is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", str(source))
     if not is_id or path.exists() or path.suffix in (".pth", ".pt", ".bin", ".safetensors"):
         raise ConversionError(
@@ -110,6 +112,11 @@ def fetch(source: str | Path, revision: str | None, patterns: list[str]) -> Path
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
     except (OSError, ValueError, HfHubHTTPError) as error:
         at = f" at revision {revision!r}" if revision else ""
+        if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+            raise ConversionError(
+                f"{str(source)!r} is not a path here, not in the Hub's cache{at}, and the Hub was not reached; "
+                "correct the name, see to the network, or unset HF_HUB_OFFLINE"
+            ) from error
         reason = " ".join(str(error).split())[:300]
         raise ConversionError(
             f"{str(source)!r} is not a path here and could not be fetched from the Hub{at}: {reason}; correct "
@@ -129,12 +136,16 @@ def read_json(path: Path) -> dict:
     except (ValueError, RecursionError) as error:
         raise ConversionError(f"{path} is not JSON ({error}); copy or write it again") from error
     if not isinstance(content, dict):
-        raise ConversionError(f"{path} holds a {type(content).__name__}, expected a JSON object")
+        raise ConversionError(
+            f"{path} holds a {type(content).__name__}, expected a JSON object; copy or write it again"
+        )
     return content
 
 
 def _open_folder(folder: Path, source: str) -> Checkpoint:
     if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ConversionError(f"{source} holds no config.json, it is an adapter; name its base here")
         raise ConversionError(
             f"{source} holds no config.json; expected a transformers folder, or name the .pth file itself"
         )

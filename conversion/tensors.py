@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,12 @@ class Spec:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def check_finite(name: str, tensors: Iterable[torch.Tensor]) -> None:
+    """Raise for an adapter's layer that holds NaN or infinity: whatever it is added to would be of no use."""
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        raise ConversionError(f"the adapter's {name} holds values that are not finite; train it again")
 
 
 class Tensors(Mapping):

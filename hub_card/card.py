@@ -219,8 +219,14 @@ def named_source(source: str | Path | None, revision: str | None = None) -> str:
         return "a model that is not recorded"
     base = hub_id(source)
     if base is None:
-        return f"`{Path(source).name}`"  # never the whole path: it says whose machine it was
+        return f"`{short_name(source)}`"
     return f"[`{base}`](https://huggingface.co/{base})" + (f" at revision `{revision}`" if revision else "")
+
+
+def short_name(path: str | Path) -> str:
+    """The end of a path, which says no more of a machine: the last part, or two where it is `adapter`, as most are."""
+    parts = Path(path).parts
+    return "/".join(parts[-2:] if parts[-1:] == ("adapter",) else parts[-1:])
 
 
 def _recorded_base(source: str | Path | None) -> str | None:

@@ -19,8 +19,9 @@ SECTION = "<!-- sam-split: {0} -->.*?<!-- /sam-split: {0} -->\n*"
 PAGE = """<!-- sam-split: page -->
 ## The page
 
-`index.html` takes an image and clicks, and shows the masks; the image stays in the browser. To serve it on your
-machine, run this here, and open http://localhost:8000:
+`index.html` takes an image and clicks, and shows the masks; the image stays in the browser. The page fetches
+transformers.js from jsdelivr, so it needs the Internet. To serve it on your machine, run this here, and open
+http://localhost:8000:
 
 ```bash
 python -m http.server
@@ -28,6 +29,7 @@ python -m http.server
 {compare}<!-- /sam-split: page -->
 
 """
+PARTS = {"encoder": "vision_encoder", "decoder": "prompt_encoder_mask_decoder"}
 COMPARE = """
 A switch compares the adapter with the base. `base/` holds the graphs of the base that the adapter changed; the others,
 in `onnx/`, are used by both.
@@ -60,6 +62,7 @@ def onnx_card(folder: str | Path, *, source, adapter, evidence: Sequence[tuple[s
         "files": "\n".join(f"| `onnx/{path.name}` | {path.stat().st_size / 1e6:,.1f} MB |" for path in graphs),
         "evidence": "\n".join(f"| {compared} | {result} |" for compared, result in evidence),
         "citation": CITATION,
+        **{part: next(path.name for path in graphs if name in path.name) for part, name in PARTS.items()},
     }
     template = (Path(__file__).parent / "card_onnx.md").read_text(encoding="utf-8")
     return f"---\n{ModelCardData(**data).to_yaml()}\n---\n\n{Template(template).substitute(fields)}"

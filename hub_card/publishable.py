@@ -79,12 +79,12 @@ def what(path: str) -> str:
 
 def check_repo_id(repo_id: str) -> None:
     """Raises PushRefused unless `repo_id` is `name/repository` in the Hub's alphabet."""
+    if repo_id.count("/") != 1:
+        raise PushRefused(f"{repo_id!r} is not a repository id; expected 'name/repository', both parts")
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise PushRefused(f"{repo_id!r} is not a repository id: {error}") from None
-    if repo_id.count("/") != 1:
-        raise PushRefused(f"{repo_id!r} is not a repository id; expected 'name/repository', both parts")
 
 
 def stage(
@@ -108,9 +108,7 @@ def stage(
         PushRefused: if the folder is incomplete, ambiguous, not a split model, or holds a token.
     """
     folder, target = Path(folder), Path(target)
-    if not folder.is_dir():
-        raise PushRefused(f"{folder} is not a folder; give the one that `sam-split convert` or save_pretrained wrote")
-    kind = _kind(folder, space)
+    kind = check_folder(folder, space)
     if (base or demo) and kind in (EXPORT, SPACE):
         raise PushRefused(f"{folder} was exported, and its card names its base; leave out --base-model and --demo")
     try:
@@ -145,11 +143,21 @@ def stage(
     return Staged(target, files, _left_out(folder, names), kind, read_base(target) if kind is ADAPTER else None)
 
 
-def _kind(folder: Path, space: bool) -> Kind:
+def check_folder(folder: str | Path, space: bool = False) -> Kind:
+    """What a folder is, by the files that tell.
+
+    Raises:
+        PushRefused: if it is none, or not what a Space shows.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise PushRefused(f"{folder} is not a folder; give the one that `sam-split convert` or save_pretrained wrote")
     if is_adapter(folder):
         kind = ADAPTER
     elif is_export(folder):
         kind = SPACE if space else EXPORT
+    elif is_adapter(folder / "adapter") and not (folder / "config.json").is_file():
+        raise PushRefused(f"{folder} is a run of `sam-split finetune`; push its adapter, {folder / 'adapter'}")
     else:
         kind = MODEL
     if space and kind is not SPACE:

@@ -11,7 +11,7 @@ from ..checkpoints import FORMATS, describe, write_model
 from ..errors import ConversionError
 from ..key_map import split_state_dict
 from ..sources import fetch, open_checkpoint, read_json
-from ..tensors import InMemory, Tensors
+from ..tensors import InMemory, Tensors, check_finite
 from ..verification import split_model, stock_model
 
 
@@ -60,7 +60,7 @@ def merged_state_dict(config, tensors: Tensors, folder: Path) -> dict[str, torch
     ) as error:  # a layer that is not there, a size that is not right
         reason = " ".join(line.strip() for line in str(error).splitlines()[:2])  # torch's first line names no tensor
         raise ConversionError(
-            f"the adapter {folder} does not fit the base: {reason}; name the base it was trained on"
+            f"the adapter {folder} does not fit the base: {reason.rstrip('.')}; name the base it was trained on"
         ) from error
     missing = [name for name in report.missing_keys if "lora_" in name]
     if missing or report.unexpected_keys:
@@ -76,6 +76,10 @@ def merged_state_dict(config, tensors: Tensors, folder: Path) -> dict[str, torch
 def _adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
     if not (folder / "adapter_config.json").is_file():
         raise ConversionError(f"{folder} holds no adapter_config.json; expected the folder of a PEFT adapter")
+    if not any((folder / f"adapter_model.{end}").is_file() for end in ("safetensors", "bin")):
+        raise ConversionError(
+            f"{folder} holds no adapter_model.safetensors; name a folder that PEFT's save_pretrained wrote"
+        )
     bias = read_json(folder / "adapter_config.json").get("bias", "none")
     try:
         weights = load_peft_weights(str(folder), device="cpu")
@@ -83,6 +87,8 @@ def _adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
         raise ConversionError(
             f"{folder} holds no readable adapter weights: {str(error).splitlines()[0]}; copy or save it again"
         ) from error
+    for name, tensor in weights.items():
+        check_finite(name, [tensor])
     if bias != "none" and not any(name.endswith("bias") and ".lora_" not in name for name in weights):
         raise ConversionError(
             f"the adapter {folder} was trained with bias={bias!r} and holds no bias, so a part of it is lost (peft "

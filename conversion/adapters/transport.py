@@ -25,7 +25,7 @@ from ..folder import write_json
 from ..key_map import KEY_MAP, plan
 from ..pickles import read_weights
 from ..sources import fetch, open_checkpoint, read_json
-from ..tensors import InMemory, Renamed, SafetensorsFiles, Tensors
+from ..tensors import InMemory, Renamed, SafetensorsFiles, Tensors, check_finite
 from ..writing import check_written, write_safetensors
 
 PREFIX = "base_model.model."
@@ -248,6 +248,7 @@ def _parse(config: dict, tensors: Tensors) -> Adapter:
             )
         else:
             adapter.saved[name] = tensors[key]
+            check_finite(name, [tensors[key]])
     for name, found in parts.items():
         adapter.loras[name] = _lora(config, name, found)
     if not adapter.loras:
@@ -260,7 +261,14 @@ def _lora(config: dict, name: str, parts: dict[str, torch.Tensor]) -> Lora:
     if a is None or b is None or a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
         shapes = [None if part is None else tuple(part.shape) for part in (a, b)]
         raise ConversionError(f"{name}: lora_A and lora_B must be (rank, inputs) and (outputs, rank), got {shapes}")
-    alphas = config.get("alpha_pattern") or {}
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    rank = ranks.get(get_pattern_key(ranks.keys(), name), config.get("r"))
+    if rank not in (None, a.shape[0]):
+        raise ConversionError(
+            f"{name}: adapter_config.json says rank {rank}, and lora_A has {a.shape[0]}; they are of two adapters, "
+            "save it again"
+        )
+    check_finite(name, parts.values())
     alpha = alphas.get(get_pattern_key(alphas.keys(), name), config.get("lora_alpha"))
     if not isinstance(alpha, (int, float)):
         raise ConversionError(f"{name}: lora_alpha must be a number, got {alpha!r}")

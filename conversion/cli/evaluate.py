@@ -114,8 +114,9 @@ def _models(args) -> dict:
 
 def _short(name: str) -> str:
     """A Hub id as it is; of a path the last part, or the last two where it is called `adapter`, as most are."""
-    parts = Path(name).parts
-    return "/".join(parts[-2:] if parts[-1] == "adapter" else parts[-1:]) if Path(name).exists() else name
+    from hub_card.card import short_name
+
+    return short_name(name) if Path(name).exists() else name
 
 
 def _load(source, adapter, device):

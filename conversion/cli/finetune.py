@@ -1,5 +1,6 @@
 """`sam-split finetune`: an adapter from images and masks."""
 
+import contextlib
 import json
 import os
 import signal
@@ -68,7 +69,9 @@ def add_parser(subparsers) -> None:
     adapter.add_argument(
         "--preset", nargs="+", choices=PRESETS, default=["encoder+decoder"], help="one or several (encoder+decoder)"
     )
-    adapter.add_argument("--rank", type=at_least(1), default=16, help="of the change of each layer (%(default)s)")
+    adapter.add_argument(
+        "--rank", type=at_least(1, most=1024), default=16, help="of the change of each layer (%(default)s)"
+    )
     adapter.add_argument("--late-layers", type=at_least(1), default=3, help="layers that late trains (%(default)s)")
     adapter.add_argument("--cache", help="folder where late and decoder keep what frozen layers compute (OUT/cache)")
     adapter.add_argument("--revision", help="of BASE on the Hub")
@@ -123,17 +126,27 @@ def add_parser(subparsers) -> None:
 
 
 def run(args) -> int | None:
+    is_new = not Path(args.out).exists()
     try:
         return _run_one(args) if len(args.preset) == 1 else _run_each(args)
     except KeyboardInterrupt:
-        print("sam-split: error: interrupted; the same command with --resume goes on", file=sys.stderr)
+        kept = any(Path(args.out).glob("**/checkpoint-*"))
+        rest = "the same command with --resume goes on" if kept else "before the first checkpoint, nothing was kept"
+        print(f"sam-split: error: interrupted; {rest}", file=sys.stderr)
         return 128 + signal.SIGINT
+    finally:
+        for folder in (Path(args.out) / "checkpoints", Path(args.out)) if is_new else ():
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # if nothing is in it
 
 
 def _run_one(args):
     check_installed("finetune", "accelerate", "matplotlib", "PIL", "pycocotools", "scipy", "torchvision")
     from sam_split.training.finetuning import finetune
     from sam_split.training.trainer import TrainingDiverged
+
+    if any((Path(args.out) / preset / "checkpoints").exists() for preset in PRESETS):
+        raise ConversionError(f"{args.out} holds runs of several presets; name another OUT, or the same presets")
 
     try:
         results = finetune(args.base, args.data, args.out, settings_of(args, args.preset[0]))
@@ -165,6 +178,8 @@ def _run_each(args):
         raise ConversionError(f"--preset names one twice: {' '.join(args.preset)}; leave one out")
     if "WORLD_SIZE" in os.environ:
         raise ConversionError("several presets run one after the other; with several processes, name one --preset")
+    if (Path(args.out) / "checkpoints").exists():
+        raise ConversionError(f"{args.out} holds the run of one preset; name another OUT, or that preset")
     from sam_split.training.report import presets_table
 
     runs = []

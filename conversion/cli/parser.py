@@ -109,17 +109,18 @@ def add_quiet(parser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
-def at_least(least: float, kind: type = int) -> Callable[[str], float]:
-    """A parser of numbers that are not too small, nor endless, nor an integer that no tensor can hold."""
+def at_least(least: float, kind: type = int, most: float = 2**31 - 1) -> Callable[[str], float]:
+    """A parser of numbers that are not too small, nor too large to be meant."""
 
     def number(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not least <= value < (2**31 if kind is int else math.inf):  # nor NaN
+        if not least <= value <= most:  # nor NaN
             whole = "an integer" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"must be {whole} of at least {least}, got {text}")
+            wanted = f"from {least} to {most}" if value > most else f"of at least {least}"
+            raise argparse.ArgumentTypeError(f"must be {whole} {wanted}, got {text}")
         return value
 
     return number

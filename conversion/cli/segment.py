@@ -44,11 +44,13 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: cuda where there is one, else cpu)")
     add_quiet(parser)
     options = parser.add_argument_group("which masks (a run that goes on needs the same)")
-    options.add_argument("--points", metavar="N", type=at_least(1), default=32, help="along a side of the grid (32)")
+    options.add_argument(
+        "--points", metavar="N", type=at_least(1, most=1024), default=32, help="along a side of the grid (32)"
+    )
     options.add_argument(
         "--crop-layers",
         metavar="N",
-        type=at_least(0),
+        type=at_least(0, most=8),
         default=0,
         help="repeat on 4, 16, ... crops: small objects",
     )

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 
@@ -20,17 +21,28 @@ def coco_readers(folder):
         with contextlib.redirect_stdout(None):
             coco = COCO(folder / "annotations.json")
         images = {image["file_name"]: image["id"] for image in coco.dataset["images"]}
+        for image in images:
+            if ".." in Path(image).parts or Path(image).is_absolute():
+                raise ValueError(f"its image {image!r} is not below images/")
     except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise ValueError(f"{folder / 'annotations.json'} is not in COCO's format: {error!r}") from error
+        raise ValueError(
+            f"{folder / 'annotations.json'} is not in COCO's format ({_reason(error)}); it must hold images, "
+            "annotations and categories"
+        ) from error
 
     def read(name, number):
         image = Image.open(folder / "images" / name)
         try:
             return image, _masks(coco, number, (image.height, image.width))
         except (KeyError, TypeError, IndexError) as error:
-            raise ValueError(f"its annotations are not in COCO's format: {error!r}") from error
+            raise ValueError(f"its annotations are not in COCO's format: {_reason(error)}") from error
 
     return {name: lambda name=name, number=number: read(name, number) for name, number in images.items()}
+
+
+def _reason(error):
+    """In words: a KeyError says nothing but the key."""
+    return f"no {error}" if isinstance(error, KeyError) else str(error)
 
 
 def _masks(coco, number, size):
@@ -66,7 +78,10 @@ def _check_segmentation(annotation):
             raise ValueError(f"{name} has run lengths of {lengths.sum()} pixels, but its size is {height} x {width}")
         return
     for polygon in segmentation:
-        points = np.array(polygon, float)
+        try:
+            points = np.array(polygon, float)
+        except (ValueError, TypeError):
+            raise ValueError(f"{name} has a polygon of {polygon!r:.40}; expected numbers, x and y in turn") from None
         if points.ndim != 1 or len(points) < 6 or len(points) % 2:
             raise ValueError(f"{name} has a polygon of {points.size} numbers; (x, y) of at least 3 corners are needed")
         if not (np.abs(points) < FARTHEST).all():  # nor NaN

@@ -48,20 +48,27 @@ class Examples(Sequence[dict[str, Any]]):
             skip_bad: whether to leave them out.
             size: (height, width) of a model's input: objects that vanish there cannot be used; None if all can.
         """
-        kept, digests = {}, {}
+        kept, digests, in_pieces = {}, {}, 0
         for index, name in enumerate(self.names):
             try:
                 example = self[index]
                 if size is not None:
                     _check_prompts(example["masks"], name, size)
                 digests[name] = _digest(**example)
+                in_pieces += _is_in_pieces(example["masks"])
                 kept[name] = self.readers[name]
             except ValueError as error:
                 if not skip_bad:
                     raise
                 print(f"skipped {error}", file=sys.stderr)
         if not kept:
-            raise ValueError("no image can be used; add images, or mend what is named above")
+            raise ValueError("no image can be used; add images" + ", or mend what is named above" * bool(self.names))
+        if 2 * in_pieces > len(kept):
+            print(
+                f"{in_pieces} of {len(kept)} images have one object, in pieces that do not touch; if these are "
+                "objects, give each a number of its own: scipy.ndimage.label(mask)[0]",
+                file=sys.stderr,
+            )
         return Examples(kept, digests)
 
     def digest(self) -> str:
@@ -92,6 +99,13 @@ def _check_prompts(masks, name, size):
         )
 
 
+def _is_in_pieces(masks):
+    """Whether the only object of an image is in several pieces, as all objects of a mask of 0 and 255 are."""
+    from scipy import ndimage
+
+    return len(masks) == 1 and ndimage.label(masks[0] == 1, np.ones((3, 3)))[1] > 1
+
+
 def _digest(name, image, masks):
     shapes = f"{name}\0{image.mode}\0{image.size}\0{masks.shape}\0"
     return hashlib.sha256(shapes.encode() + image.tobytes() + masks.astype(np.int8).tobytes()).hexdigest()
@@ -120,11 +134,24 @@ def find_examples(
     return Examples(_dataset_readers(str(source), split, image_column, mask_column))
 
 
-def object_masks(instances: Any) -> np.ndarray:
-    """Masks (P, height, width) of a map in which 0 is background and every other value one object."""
+def object_masks(instances: Any, size: Sequence[int] | None = None) -> np.ndarray:
+    """Masks (P, height, width) of a map in which 0 is background and every other value one object.
+
+    Args:
+        instances: (height, width), whole numbers.
+        size: (width, height) of its image, if it is to be compared.
+
+    Raises:
+        ValueError: if it has another shape or size, or other numbers.
+    """
     instances = np.asarray(instances)
     if instances.ndim != 2:
         raise ValueError(f"a mask must have one channel, got shape {instances.shape}; save it in mode L or I;16")
+    if instances.dtype.kind == "f" and not np.array_equal(instances, np.round(instances)):  # nor NaN
+        raise ValueError("a mask must hold whole numbers, 0 and one for each object; save it in mode L or I;16")
+    if size is not None and instances.shape[::-1] != tuple(size):
+        width, height = instances.shape[::-1]
+        raise ValueError(f"its mask is {width} x {height} pixels, and the image {size[0]} x {size[1]}")
     values = np.unique(instances)
     return (instances == values[values > 0][:, None, None]).view(np.int8)
 
@@ -132,14 +159,25 @@ def object_masks(instances: Any) -> np.ndarray:
 def _folder_readers(folder):
     from PIL import Image
 
-    readers = {}
+    if not (folder / "masks").is_dir():
+        raise ValueError(
+            f"{folder} holds no folder masks/; put a mask there for each image, or COCO's annotations.json"
+        )
+    masks = {path.stem: path for path in (folder / "masks").iterdir() if path.suffix.lower() in MASK_SUFFIXES}
+    images: dict[str, Path] = {}
     for path in sorted((folder / "images").glob("[!.]*")):
-        named = [folder / "masks" / f"{path.stem}{suffix}" for suffix in MASK_SUFFIXES]
-        mask = next((mask for mask in named if mask.is_file()), None)
-        if mask is None:
-            raise ValueError(f"{path} has no mask {named[0]} (nor .tif); add it, or take the image away")
-        readers[path.name] = lambda path=path, mask=mask: (Image.open(path), object_masks(Image.open(mask)))
-    return readers
+        if path.stem not in masks:
+            where = folder / "masks" / path.stem
+            raise ValueError(f"{path} has no mask {where}.png (nor .tif, .tiff); add it, or take the image away")
+        if path.stem in images:
+            raise ValueError(f"{images[path.stem]} and {path} have one mask, {masks[path.stem]}; rename one of them")
+        images[path.stem] = path
+
+    def read(path):
+        image = Image.open(path)
+        return image, object_masks(Image.open(masks[path.stem]), image.size)
+
+    return {path.name: lambda path=path: read(path) for path in images.values()}
 
 
 def _dataset_readers(source, split, image_column, mask_column):
@@ -150,7 +188,7 @@ def _dataset_readers(source, split, image_column, mask_column):
 
     def read(index):
         row = data[index]
-        return row[image_column], object_masks(row[mask_column])
+        return row[image_column], object_masks(row[mask_column], getattr(row[image_column], "size", None))
 
     return {f"row {index}": lambda index=index: read(index) for index in range(len(data))}
 

@@ -159,6 +159,33 @@ def test_what_cannot_be_carried_over_is_refused_with_its_reason(action, name, ba
     assert_refused([action, tmp_path / "adapter", tmp_path / "out"], message, tmp_path / "out", capsys)
 
 
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_rank_that_is_not_the_tensors_is_refused(rank, base, tmp_path, capsys):
+    """The scaling would be that of another adapter."""
+    trained(ours(base), tmp_path / "adapter", r=2, target_modules=["q", "v"])
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": rank}))
+    message = f"adapter_config.json says rank {rank}, and lora_A has 2"
+    assert_refused(["fuse", tmp_path / "adapter", tmp_path / "out"], message, tmp_path / "out", capsys)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("part", ["attn.q.lora_A", "attn.v.lora_B", "iou_token"])
+def test_what_is_not_finite_is_refused(part, value, base, tmp_path, capsys):
+    """By what carries an adapter over, and by what merges it."""
+    trained(ours(base), tmp_path / "adapter", r=2, target_modules=["q", "v"], modules_to_save=["iou_token"])
+
+    def spoil(state):
+        next(tensor for name, tensor in state.items() if part in name).flatten()[1] = value
+
+    edit_weights(tmp_path / "adapter", spoil)
+    message = "holds values that are not finite; train it again"
+    assert_refused(["fuse", tmp_path / "adapter", tmp_path / "out"], message, tmp_path / "out", capsys)
+    assert main(["merge", str(base), str(tmp_path / "adapter"), str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def assert_refused(argv, message, out, capsys):
     capsys.readouterr()  # what loading the models printed
     assert main(["adapter", *map(str, argv)]) == 2

@@ -96,7 +96,7 @@ BAD = [
     ("convert zero.pth out", "zero.pth"),
     ("convert other.pth out", "other.pth is not a Segment Anything checkpoint"),
     ("convert other.safetensors out", "other.safetensors is not a Segment Anything checkpoint"),
-    ("convert lora out", "lora holds no config.json"),
+    ("convert lora out", "lora holds no config.json, it is an adapter; name its base here"),
     ("convert lora/adapter_model.safetensors out", "a PEFT adapter"),
     # fuse
     ("fuse split", "OUT"),

@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -23,6 +24,7 @@ import onnxruntime
 import pytest
 import torch
 from models import BATCH, GRID, IMAGE_SIZE, PROMPTS, redraw, stock_model
+from PIL import Image
 from trained_adapters import ours, trained
 
 from conversion import convert, onnx_export
@@ -52,7 +54,7 @@ def split(tmp_path_factory):
 @pytest.fixture(scope="module")
 def adapted(split):
     """An adapter's folder, and the model with it."""
-    folder = split.parent / "adapter"
+    folder = split.parent / "run" / "adapter"
     return folder, trained(ours(split), folder, r=2, target_modules=["q", "v"])
 
 
@@ -121,7 +123,22 @@ def test_the_folder_is_complete(exported):
     assert config["model_type"] == "sam"
     dtypes = dict.fromkeys([*NAMES, "model"], "fp32")  # transformers.js calls the image encoder by both names
     assert config["transformers.js_config"] == {"dtype": dtypes, "use_external_data_format": {}}
-    assert "the adapter `adapter`" in (exported / "README.md").read_text()
+    assert "the adapter `run/adapter`" in (exported / "README.md").read_text()
+
+
+def test_the_card_says_how_to_use_them_in_python(exported, adapted, tmp_path, monkeypatch):
+    shutil.copytree(exported, tmp_path / "out")
+    pixels = np.random.default_rng(0).integers(0, 256, (900, 700, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "out" / "photo.jpg")
+    monkeypatch.chdir(tmp_path / "out")
+    (code,) = re.findall(r"```python\n(.*?)```", (exported / "README.md").read_text(), re.DOTALL)
+    found: dict = {}
+    exec(compile(code, "README.md", "exec"), found)
+    inputs = {name: found["inputs"][name] for name in ("pixel_values", "input_points")}
+    with torch.no_grad():
+        expected = adapted[1](**inputs)
+    torch.testing.assert_close(torch.from_numpy(found["masks"]), expected.pred_masks, atol=1e-5, rtol=1e-4)
+    assert found["best"].shape == (900, 700)
 
 
 def test_the_graphs_do_not_tell_of_the_machine(exported):

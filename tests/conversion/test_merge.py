@@ -115,6 +115,8 @@ def test_an_adapter_that_does_not_fit_is_refused(bases, tmp_path, capsys):
     (tmp_path / "adapter").mkdir()
     refused("holds no adapter_config.json")
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    refused("holds no adapter_model.safetensors; name a folder")
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"cut")
     refused("holds no readable adapter weights")
     model = get_peft_model(stock_model(), LoraConfig(r=2, target_modules=["q_proj"]))
     model.save_pretrained(tmp_path / "adapter")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -112,6 +113,7 @@ def test_an_adapter_does_not_go_on_top_of_its_model(hub, push, folder, adapter):
 
 BAD_INPUT = {
     "absent is not a folder": ("push", "absent", REPO),
+    "is a run of `sam-split finetune`; push its adapter": ("push", "run", REPO),
     "'not a repo' is not a repository id": ("push", "model", "not a repo"),
     "expected 'name/repository'": ("push", "model", "sam"),
     "'a/b/c' is not a repository id": ("push", "model", "a/b/c"),
@@ -127,6 +129,7 @@ BAD_INPUT = {
 def test_bad_input_is_one_line_and_exit_code_2(hub, sam_split, folder, adapter, tmp_path, monkeypatch, words):
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "adapter_config.json").write_text("{")
+    shutil.copytree(adapter, tmp_path / "run" / "adapter")
     monkeypatch.chdir(tmp_path)
     outcome = sam_split(*BAD_INPUT[words], code=2)
     assert outcome.err.count("\n") == 1

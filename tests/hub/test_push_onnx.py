@@ -83,7 +83,7 @@ def test_a_page_becomes_a_static_space_in_one_commit(hub, push, out):
     assert card.data.to_dict().items() >= {"title": "page", "sdk": "static", "app_file": "index.html"}.items()
     assert not {"library_name", "pipeline_tag"} & card.data.to_dict().keys()
     assert "python -m http.server" in card.text
-    assert "from_pretrained" not in card.text, "which loads models, not Spaces"
+    assert "SamModel.from_pretrained" not in card.text, "which loads models, not Spaces"
 
 
 def test_the_card_of_a_space_names_the_base_as_a_model_that_it_uses(hub, push, out):

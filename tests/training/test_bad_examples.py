@@ -121,7 +121,7 @@ CASES = {
     "cut image": ("tiny cut out", "1.png: "),
     "text as image": ("tiny no_image out", "1.png: cannot identify image file"),
     "empty mask file": ("tiny cut_mask out", "1.png: cannot identify image file"),
-    "unequal sizes": ("tiny size out", "like its image, (P, 40, 60), got (1, 40, 50)"),
+    "unequal sizes": ("tiny size out", "1.png: its mask is 50 x 40 pixels, and the image 60 x 40"),
     "no objects": ("tiny objectless out", "1.png: example '1.png' has no object"),
     "mask in colour": ("tiny colour out", "1.png: a mask must have one channel, got shape (40, 60, 3)"),
     "click on an object that vanishes": (
@@ -133,7 +133,7 @@ CASES = {
     "only images with objects that vanish": ("tiny specks out --skip-bad", "no image can be used"),
     "16-bit image": ("tiny deep out", "8 bits per channel, got mode 'I;16'"),
     "float image": ("tiny floats out", "8 bits per channel, got mode 'F'"),
-    "bad validation": ("tiny data out --val size", "got (1, 40, 50)"),
+    "bad validation": ("tiny data out --val size", "its mask is 50 x 40 pixels"),
     "no validation": ("tiny data out --val nowhere", "nowhere is neither a folder nor"),
     "cut COCO": ("tiny coco_cut out", "annotations.json is not in COCO's format"),
     "COCO list": ("tiny coco_list out", "annotations.json is not in COCO's format"),
@@ -149,7 +149,7 @@ CASES = {
     "COCO far outside": ("tiny coco_far out", "annotation 1 has a polygon with a corner at 1000000000.0 pixels"),
     "COCO with few run lengths": ("tiny coco_short out", "run lengths of 15 pixels, but its size is 40 x 60"),
     "COCO with spoilt run lengths": ("tiny coco_spoilt out", "pixels, but its size is 40 x 60"),
-    "COCO without a size": ("tiny coco_unsized out", "not in COCO's format: KeyError('size')"),
+    "COCO without a size": ("tiny coco_unsized out", "not in COCO's format: no 'size'"),
     "COCO of another size": ("tiny coco_size out", "its (height, width) is (40, 61), but it is (40, 60)"),
     "no object anywhere": ("tiny nothing out --skip-bad", "no image can be used"),
     "COCO without files": ("tiny coco_lost out", "lost0.png: "),
@@ -172,7 +172,7 @@ CASES = {
     "half a batch": ("tiny data out --batch 0.5", "--batch: must be an integer of at least 1, got 0.5"),
     "word as batch": ("tiny data out --batch two", "--batch: must be an integer of at least 1, got two"),
     "negative epochs": ("tiny data out --epochs=-1", "--epochs: must be a number of at least 0, got -1"),
-    "endless epochs": ("tiny data out --epochs inf", "--epochs: must be a number of at least 0, got inf"),
+    "endless epochs": ("tiny data out --epochs inf", "--epochs: must be a number from 0 to 2147483647, got inf"),
     "no steps": ("tiny data out --steps 0", "--steps: must be an integer of at least 1, got 0"),
     "negative rate": ("tiny data out --lr=-1", "--lr: must be a number of at least 0, got -1"),
     "NaN rate": ("tiny data out --lr nan", "--lr: must be a number of at least 0, got nan"),
@@ -185,6 +185,11 @@ CASES = {
     "negative seed": ("tiny data out --seed=-1", "--seed: must be an integer of at least 0"),
     "all held out": ("tiny data out --holdout 1.5", "--holdout: must be a number between 0 and 1"),
     "NaN held out": ("tiny data out --holdout nan", "--holdout: must be a number between 0 and 1"),
+    "a rank that no layer has": ("tiny data out --rank 100000000", "--rank: must be an integer from 1 to 1024"),
+    "resumed with more presets": (
+        "tiny data unfinished --preset late decoder --resume",
+        "unfinished holds the run of one",
+    ),
     "unknown option": ("tiny data out --epoch 3", "unrecognized arguments: --epoch 3"),
     "no OUT": ("tiny data", "the following arguments are required: OUT"),
     "finished OUT": ("tiny data finished", "finished holds a finished run; name another OUT"),
@@ -217,5 +222,5 @@ def test_several_presets(place, monkeypatch, capfd):
     monkeypatch.chdir(place)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     assert main("finetune tiny size out/ --preset late decoder".split()) == 2
-    assert "got (1, 40, 50)" in capfd.readouterr().err
+    assert "its mask is 50 x 40 pixels" in capfd.readouterr().err
     assert not (place / "out").exists()

@@ -1,6 +1,7 @@
 """A folder, COCO's annotations and a Hugging Face dataset are read as the same examples."""
 
 import json
+import shutil
 
 import datasets
 import numpy as np
@@ -62,6 +63,33 @@ def test_masks_of_16_bits(name, tmp_path):
     masks = find_examples(folder)[0]["masks"]
     assert masks.shape == (299, 40, 60)
     assert np.array_equal((masks * np.arange(1, 300)[:, None, None]).sum(0), values)
+
+
+def test_one_value_for_several_objects_is_said(tmp_path, capsys):
+    """A mask of 0 and 255 is one object, which is rarely meant where it is in pieces."""
+    folder = image_folder(tmp_path / "folder", number=3)
+    find_examples(folder).usable()
+    assert capsys.readouterr().err == ""
+    for path in (folder / "masks").iterdir():
+        Image.fromarray(np.uint8(255) * (np.asarray(Image.open(path)) > 0)).save(path)
+    assert len(find_examples(folder).usable()) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        "3 of 3 images have one object, in pieces that do not touch; if these are objects, give each"
+    )
+
+
+def test_suffixes_in_capitals_and_two_images_of_one_name(tmp_path):
+    folder = image_folder(tmp_path / "folder", number=2)
+    Image.open(folder / "masks" / "0.png").save(folder / "masks" / "0.TIF")
+    (folder / "masks" / "0.png").unlink()
+    assert len(find_examples(folder)) == 2
+    shutil.copy(folder / "images" / "1.png", folder / "images" / "1.jpg")
+    with pytest.raises(ValueError, match=r"1.jpg and .*1.png have one mask, .*; rename one of them"):
+        find_examples(folder)
+    shutil.rmtree(folder / "masks")
+    with pytest.raises(ValueError, match="holds no folder masks/"):
+        find_examples(folder)
 
 
 def test_coco_with_crowds_and_polygons_outside(base, tmp_path):
