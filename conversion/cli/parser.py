@@ -109,15 +109,17 @@ def add_quiet(parser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
-def at_least(least: float, kind: type = int, most: float = 2**31 - 1) -> Callable[[str], float]:
-    """A parser of numbers that are not too small, nor too large to be meant."""
+def at_least(least: float, kind: type = int, most: float = math.inf) -> Callable[[str], float]:
+    """A parser of numbers that are neither too small nor too large to be meant; integers are those of tensors."""
+    if kind is int:
+        most = min(most, 2**31 - 1)
 
     def number(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not least <= value <= most:  # nor NaN
+        if not least <= value <= most or math.isinf(value):  # nor NaN
             whole = "an integer" if kind is int else "a number"
             wanted = f"from {least} to {most}" if value > most else f"of at least {least}"
             raise argparse.ArgumentTypeError(f"must be {whole} {wanted}, got {text}")

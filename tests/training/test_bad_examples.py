@@ -172,7 +172,7 @@ CASES = {
     "half a batch": ("tiny data out --batch 0.5", "--batch: must be an integer of at least 1, got 0.5"),
     "word as batch": ("tiny data out --batch two", "--batch: must be an integer of at least 1, got two"),
     "negative epochs": ("tiny data out --epochs=-1", "--epochs: must be a number of at least 0, got -1"),
-    "endless epochs": ("tiny data out --epochs inf", "--epochs: must be a number from 0 to 2147483647, got inf"),
+    "endless epochs": ("tiny data out --epochs inf", "--epochs: must be a number of at least 0, got inf"),
     "no steps": ("tiny data out --steps 0", "--steps: must be an integer of at least 1, got 0"),
     "negative rate": ("tiny data out --lr=-1", "--lr: must be a number of at least 0, got -1"),
     "NaN rate": ("tiny data out --lr nan", "--lr: must be a number of at least 0, got nan"),
