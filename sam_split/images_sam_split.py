@@ -18,7 +18,10 @@ def pixels_of(image, timeout=None):
         image = _open(os.fspath(image), timeout)
     if hasattr(image, "convert"):  # a PIL image
         _check_size(image.height, image.width)
-        if not image.mode.startswith("I"):
+        if image.mode == "F":  # PIL's own conversion would make 0 to 1 black
+            image = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.float32).view(image.height, image.width)
+            image = image / 255 if image.max() > 1 else image
+        elif not image.mode.startswith("I"):
             image = load_image(image)
             image = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
         else:  # PIL's own conversion would clip 16 bits

@@ -163,7 +163,8 @@ def _folder_readers(folder):
         raise ValueError(
             f"{folder} holds no folder masks/; put a mask there for each image, or COCO's annotations.json"
         )
-    masks = {path.stem: path for path in (folder / "masks").iterdir() if path.suffix.lower() in MASK_SUFFIXES}
+    found = sorted((folder / "masks").iterdir(), reverse=True)  # of two for one image the .png counts
+    masks = {path.stem: path for path in found if path.suffix.lower() in MASK_SUFFIXES}
     images: dict[str, Path] = {}
     for path in sorted((folder / "images").glob("[!.]*")):
         if path.stem not in masks:

@@ -94,6 +94,8 @@ def test_what_is_no_image_on_the_web(address):
         GRAY / 255,
         Image.fromarray(GRAY),
         Image.fromarray(GRAY.astype(np.uint16) * 257),
+        Image.fromarray(GRAY.astype(np.float32) / 255),
+        Image.fromarray(GRAY.astype(np.float32)),
         Image.fromarray(GRAY.astype(np.int32) * 257),
     ],
 )
@@ -122,6 +124,7 @@ def test_a_photograph_stands_upright(tmp_path):
         (np.zeros((0, 5, 3), np.uint8), r"got \(0, 5, 3\)"),
         (np.zeros(5, np.uint8), r"got \(5,\)"),
         (ARRAY.astype(np.float32), r"must lie in \[0, 1\]"),
+        (Image.fromarray(np.full((8, 8), -1, np.float32)), r"must lie in \[0, 1\]"),
         (np.full((4, 5), np.nan), r"must lie in \[0, 1\]"),
         (np.full((4, 5), 256), r"must lie in \[0, 255\]"),
         (np.full((4, 5), -1), r"must lie in \[0, 255\]"),
