@@ -4,7 +4,7 @@
 
 Weights are random, so masks are noise, and the bars of float16 and int8 are not asked for. Each row is a process of
 its own with one thread; seconds are of the processor, with the comparison and without the imports. Peak memory is that
-of the process, with weights and libraries. ViT-H needs 9 GB of memory and 8 GB of disk.
+of the process, with weights and libraries. ViT-H needs 12 GB of memory and 8 GB of disk.
 """
 
 import argparse

@@ -36,7 +36,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--adapter", help="PEFT folder or Hub id, merged into MODEL in memory")
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="of the weights (float32)")
     parser.add_argument(
-        "--quantize", choices=("int8",), help="the image encoder's matrix products: a quarter the size"
+        "--quantize", choices=("int8",), help="the image encoder's matrix products: less than a third of the size"
     )
     parser.add_argument("--opset", metavar="N", type=at_least(18), default=18, help="version of ONNX's operators (18)")
     parser.add_argument("--page", action="store_true", help="a web page as well, to click on images")
