@@ -33,8 +33,8 @@ def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     convert(TINY_SAM, folder / "split", progress=False)
     model = SamSplitModel.from_pretrained(folder / "split")
-    trained(model, folder / "adapter", r=8, target_modules=r"vision_encoder.*\.(q|k|v|proj|lin1|lin2)")
-    adapter = "--adapter", str(folder / "adapter")
+    trained(model, folder / "run" / "adapter", r=8, target_modules=r"vision_encoder.*\.(q|k|v|proj|lin1|lin2)")
+    adapter = "--adapter", str(folder / "run" / "adapter")
     assert main(["export", str(folder / "split"), str(folder / "out"), *adapter, "--page", "--quiet"]) == 0
     Image.fromarray(COINS.image()).save(folder / "coins.png")
     return folder
@@ -145,7 +145,7 @@ def test_the_adapters_own_graphs_alone_are_stored_twice(exported):
     stored = {path.relative_to(exported / "out").as_posix() for path in (exported / "out" / "base").rglob("*.*")}
     assert stored == {"base/onnx/vision_encoder.onnx"}
     page = json.loads((exported / "out" / "page.json").read_text())
-    assert page == {"adapter": "adapter", "base_files": ["onnx/vision_encoder.onnx"]}
+    assert page == {"adapter": "run/adapter", "base_files": ["onnx/vision_encoder.onnx"]}
 
 
 def test_a_click_finds_the_coin_and_the_adapter_changes_it(page, address, exported):
