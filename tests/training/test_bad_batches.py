@@ -36,7 +36,10 @@ PARTS = {
     "float tensor": ({"image": torch.ones(48, 24, 3)}, "8 bits per channel, got float32"),
     "bool image": ({"image": np.ones((48, 24), bool)}, "8 bits per channel, got bool"),
     "channels first": ({"image": np.ones((3, 48, 24), np.uint8)}, r"got \(3, 48, 24\); move the channels last"),
-    "four channels": ({"image": np.ones((48, 24, 4), np.uint8)}, r"must be .*\(height, width, 3\), got \(48, 24, 4\)$"),
+    "four channels": (
+        {"image": np.ones((48, 24, 4), np.uint8)},
+        r"must be .*\(height, width, 3\), got \(48, 24, 4\)$",
+    ),
     "empty image": ({"image": np.ones((0, 24, 3), np.uint8)}, r"got \(0, 24, 3\)"),
     "mask=": ({"mask": np.ones((1, 48, 24))}, "'mask' is no part of an example.* did you mean 'masks'"),
     "box=": ({"box": [[0, 0, 9, 9]]}, "did you mean 'boxes'"),
