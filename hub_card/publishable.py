@@ -108,7 +108,7 @@ def stage(
         PushRefused: if the folder is incomplete, ambiguous, not a split model, or holds a token.
     """
     folder, target = Path(folder), Path(target)
-    kind = check_folder(folder, space)
+    kind = kind_of(folder, space)
     if (base or demo) and kind in (EXPORT, SPACE):
         raise PushRefused(f"{folder} was exported, and its card names its base; leave out --base-model and --demo")
     try:
@@ -143,7 +143,7 @@ def stage(
     return Staged(target, files, _left_out(folder, names), kind, read_base(target) if kind is ADAPTER else None)
 
 
-def check_folder(folder: str | Path, space: bool = False) -> Kind:
+def kind_of(folder: str | Path, space: bool = False) -> Kind:
     """What a folder is, by the files that tell.
 
     Raises:

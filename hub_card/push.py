@@ -20,7 +20,7 @@ from .errors import PushRefused
 from .folder import Base, is_adapter, read_base
 from .hub import Branch, Published, redact
 from .onnx_folder import load_graphs
-from .publishable import ADAPTER, EXPORT, SPACE, Staged, check_folder, check_repo_id, stage, what
+from .publishable import ADAPTER, EXPORT, SPACE, Staged, check_repo_id, kind_of, stage, what
 
 
 def push(
@@ -50,7 +50,7 @@ def push(
         PushFailed: the Hub refused or failed; the branch holds what it held before.
     """
     check_repo_id(repo_id)
-    check_folder(folder, space)
+    kind_of(folder, space)  # raises for what is none, before the Hub is asked
     if constants.HF_HUB_OFFLINE:
         raise PushRefused("HF_HUB_OFFLINE is set; unset it to reach the Hub, which a dry run reads as well")
     if not dry_run and get_token() is None:

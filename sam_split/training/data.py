@@ -65,8 +65,8 @@ class Examples(Sequence[dict[str, Any]]):
             raise ValueError("no image can be used; add images" + ", or mend what is named above" * bool(self.names))
         if 2 * in_pieces > len(kept):
             print(
-                f"{in_pieces} of {len(kept)} images have one object, in pieces that do not touch; if these are "
-                "objects, give each a number of its own: scipy.ndimage.label(mask)[0]",
+                f"{in_pieces} of {len(kept)} images have one object each, in pieces that do not touch; if every piece "
+                "is an object, number them: scipy.ndimage.label(mask)[0]",
                 file=sys.stderr,
             )
         return Examples(kept, digests)

@@ -75,7 +75,7 @@ def test_one_value_for_several_objects_is_said(tmp_path, capsys):
     assert len(find_examples(folder).usable()) == 3
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(
-        "3 of 3 images have one object, in pieces that do not touch; if these are objects, give each"
+        "3 of 3 images have one object each, in pieces that do not touch; if every piece is an object, number them"
     )
 
 
